@@ -1,0 +1,80 @@
+"""The matrix products of the loss, with float32 results from half-precision inputs.
+
+Rounding a product to half precision before it is summed biases training, so every product here accumulates and
+returns in float32 (float64 for float64 inputs), wherever the device can.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+FP16_GRADIENT_SCALE = 2.0**10  # float16 loses what is below 6e-8, and most of a vocabulary's gradient is
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The type in which logits and gradients of `dtype` inputs are kept."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@dataclass(frozen=True)
+class Head:
+    """A language-model head: `logits = softcap * tanh(scale * (h W^T + b) / softcap)`, the cap where there is one."""
+
+    weight: Tensor  # (V, D)
+    bias: Tensor | None = None  # (V,)
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def to(self, dtype: torch.dtype) -> Head:
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return replace(self, weight=self.weight.to(dtype), bias=bias)
+
+    def first(self, columns: int) -> Head:
+        """The head over its first columns only: a view."""
+        bias = None if self.bias is None else self.bias[:columns]
+        return replace(self, weight=self.weight[:columns], bias=bias)
+
+
+def project(hidden: Tensor, head: Head, out: Tensor) -> Tensor:  # (n, D), head, (n, V) wide -> out
+    """Write `scale * (h W^T + b)` into `out`. The softcap is left to the tile, which walks it while it is cached."""
+    if hidden.dtype == out.dtype:
+        if head.bias is None:
+            torch.mm(hidden, head.weight.t(), out=out)
+        else:
+            torch.addmm(head.bias, hidden, head.weight.t(), out=out)
+    else:
+        if hidden.is_cuda:
+            torch.mm(hidden, head.weight.t(), out_dtype=out.dtype, out=out)
+        else:
+            out.copy_(torch.mm(hidden, head.weight.t()))
+        if head.bias is not None:
+            out += head.bias
+    return out if head.scale == 1 else out.mul_(head.scale)
+
+
+def hidden_gradient(gradient: Tensor, head: Head, out: Tensor) -> Tensor:  # (n, V) wide, head, (n, D) wide -> out
+    """Write `scale * G W` into `out`."""
+    if gradient.dtype == head.weight.dtype:
+        torch.mm(gradient, head.weight, out=out)
+        return out if head.scale == 1 else out.mul_(head.scale)
+    boost = FP16_GRADIENT_SCALE if head.weight.dtype == torch.float16 else 1.0
+    half = (gradient * boost if boost != 1 else gradient).to(head.weight.dtype)
+    if gradient.is_cuda:
+        torch.mm(half, head.weight, out_dtype=out.dtype, out=out)
+    else:
+        out.copy_(torch.mm(half, head.weight))
+    return out if head.scale == boost else out.mul_(head.scale / boost)
+
+
+def add_weight_gradient(gradient: Tensor, hidden: Tensor, out: Tensor) -> None:  # (n, V) wide, (n, D), (V, D) wide
+    """`out += G^T h`, without the head's scale, which the caller folds into the last multiplication."""
+    if gradient.dtype == hidden.dtype:
+        out.addmm_(gradient.t(), hidden)
+    elif gradient.is_cuda and hidden.dtype == torch.bfloat16:
+        torch.addmm(out, gradient.to(hidden.dtype).t(), hidden, out_dtype=out.dtype, out=out)
+    else:
+        out.addmm_(gradient.t(), hidden.to(gradient.dtype))

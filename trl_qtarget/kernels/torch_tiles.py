@@ -1,0 +1,251 @@
+"""Row kernels in torch: statistics of a block of logits, then its gradient written over it.
+
+    rows(z, labels, residual, teacher)   the statistics that `Tokens` reads, each (r,); z is shifted in place
+    .write_gradient(w_y, w_r)            z now holds dloss/dz; returns its L1 norm (r,), or None where p_y tells it
+
+    dloss/dz = (w_y + w_r) * p - w_y * delta_y - w_r * pi~
+
+A block is a few rows, so that every pass but the first finds it in the cache. Everything is computed on `z - max(z)`:
+losses do not depend on the shift, and small differences keep their digits. r: rows, V: columns, K: sparse ids.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from ..target import Residual
+
+
+BLOCK_BYTES = 2**22  # of one block of logits: two or three of them fit one core's share of the last-level cache
+BELOW_ALL = -1e30  # stands for -inf where it meets a factor 0
+
+
+def block_rows(vocab_size: int, dtype: torch.dtype, device: torch.device) -> int:
+    """How many rows to hand to `rows` at once."""
+    return max(1, BLOCK_BYTES // (vocab_size * dtype.itemsize)) if device.type == "cpu" else 2**30
+
+
+def rows(
+    z: Tensor,  # (r, V) logits before the softcap, overwritten
+    labels: Tensor,  # (r,)
+    residual: Residual,
+    teacher: Tensor | tuple[Tensor, Tensor] | None = None,  # (r, V) logits; or ids (r, K) and log-probs (r, K)
+    softcap: float | None = None,
+) -> StudentRows:
+    """Statistics of r rows, and the way to their gradient. A student's residual needs no pool, whoever teaches."""
+    if residual.is_student:
+        return StudentRows(z, labels, softcap, teacher)
+    if isinstance(teacher, tuple):
+        return SparseRows(z, labels, softcap, teacher, residual)
+    return DenseRows(z, labels, softcap, teacher, residual)
+
+
+def cap_(z: Tensor, softcap: float | None) -> Tensor:
+    """`softcap * tanh(z / softcap)`, in place."""
+    return z if softcap is None else z.div_(softcap).tanh_().mul_(softcap)
+
+
+def pick(x: Tensor, ids: Tensor) -> Tensor:  # (r, V), (r,) -> (r,)
+    return x.gather(-1, ids[:, None]).squeeze(-1)
+
+
+class StudentRows:
+    """Rows whose residual is the student itself: it pulls nowhere, and the gradient is `w_y * (p - delta_y)`."""
+
+    def __init__(self, z: Tensor, labels: Tensor, softcap: float | None, teacher: Tensor | tuple | None):
+        self.z, self.labels, self.softcap, self.teacher = cap_(z, softcap), labels, softcap, teacher
+        self.max, top = z.max(-1)
+        self.is_top1 = top == labels
+        z.sub_(self.max[:, None])
+        self.e = torch.exp(z)  # p times a factor per row, `sum`
+        self.sum, self.dot = self._moments()
+        self.impossible = None
+        if self.dot.isnan().any():  # 0 * -inf: a column is masked out
+            self.impossible = z == -torch.inf
+            z.masked_fill_(self.impossible, BELOW_ALL)
+            self.sum, self.dot = self._moments()
+        self.log_sum = self.sum.log()
+        self.log_p_y = pick(z, labels) - self.log_sum
+
+    def _moments(self) -> tuple[Tensor, Tensor]:
+        """sum_v e(v) and sum_v e(v) z(v)."""
+        return self.e.sum(-1), torch.linalg.vecdot(self.e, self.z)
+
+    @cached_property
+    def entropy(self) -> Tensor:
+        return (self.log_sum - self.dot / self.sum).clamp(min=0)
+
+    @cached_property
+    def collision(self) -> Tensor:
+        return torch.linalg.vecdot(self.e, self.e) / self.sum**2
+
+    def top_evenness(self, k: int) -> Tensor:
+        k = min(k, self.z.shape[-1])
+        top = self.z.topk(k).values.log_softmax(-1)
+        return (-(top.exp() * top).sum(-1) / math.log(max(k, 2))).clamp(0, 1)
+
+    @cached_property
+    def teacher_log_p_y(self) -> Tensor:
+        return pick(self.teacher, self.labels) - self.teacher.logsumexp(-1)
+
+    @cached_property
+    def teacher_mass(self) -> Tensor:
+        q = self.teacher.softmax(-1)
+        q_y = pick(q, self.labels)
+        return q.mul_(q < q_y[:, None]).sum(-1) + q_y
+
+    @property
+    def residual_log_p_y(self) -> Tensor:
+        return self.log_p_y
+
+    @property
+    def residual_nll(self) -> Tensor:
+        return self.entropy
+
+    @property
+    def residual_kl(self) -> Tensor:
+        return torch.zeros_like(self.log_p_y)
+
+    def write_gradient(self, label_weight: Tensor, residual_weight: Tensor) -> Tensor | None:
+        slope = self._slope()
+        torch.mul(self.e, (label_weight / self.sum)[:, None], out=self.z)
+        self._subtract_label(label_weight)
+        if slope is not None:
+            self.z.mul_(slope)
+        return None
+
+    def _slope(self) -> Tensor | None:
+        """d softcap(x) / dx from its result, read before the gradient takes the logits' place."""
+        if self.softcap is None:
+            return None
+        return (self.z + self.max[:, None]).div_(self.softcap).square_().neg_().add_(1)
+
+    def _subtract_label(self, label_weight: Tensor) -> None:
+        self.z.scatter_add_(-1, self.labels[:, None], -label_weight[:, None])
+
+
+class DenseRows(StudentRows):
+    """Rows whose residual is a pool over the whole vocabulary."""
+
+    def __init__(self, z: Tensor, labels: Tensor, softcap: float | None, teacher: Tensor | None, residual: Residual):
+        super().__init__(z, labels, softcap, teacher)
+        pool = self._pool_logits(residual)
+        self.pool = pool.sub_(pool.amax(-1, keepdim=True)).exp_()  # pi~ times a factor per row, `pool_sum`
+        self.pool_sum = self.pool.sum(-1)
+
+    def _pool_logits(self, residual: Residual) -> Tensor:
+        """a * z + b * t; a term with exponent zero is left out, since 0 * -inf is no number."""
+        pool = torch.zeros_like(self.z) if residual.teacher == 0 else self.teacher * residual.teacher
+        if residual.teacher < 0:
+            pool.masked_fill_(self.teacher == -torch.inf, -torch.inf)
+        if residual.student != 0:
+            pool.add_(self.z, alpha=residual.student)
+        return pool if self.impossible is None else pool.masked_fill_(self.impossible, -torch.inf)
+
+    @cached_property
+    def residual_log_p_y(self) -> Tensor:
+        return (pick(self.pool, self.labels) / self.pool_sum).log()
+
+    @cached_property
+    def residual_nll(self) -> Tensor:
+        return self.log_sum - torch.linalg.vecdot(self.pool, self.z) / self.pool_sum
+
+    @cached_property
+    def residual_kl(self) -> Tensor:
+        negentropy = torch.special.xlogy(self.pool, self.pool).sum(-1) / self.pool_sum - self.pool_sum.log()
+        return (self.residual_nll + negentropy).clamp(min=0)
+
+    def write_gradient(self, label_weight: Tensor, residual_weight: Tensor) -> Tensor:
+        slope = self._slope()
+        torch.mul(self.e, ((label_weight + residual_weight) / self.sum)[:, None], out=self.z)
+        self.z.addcmul_(self.pool, (-residual_weight / self.pool_sum)[:, None])
+        self._subtract_label(label_weight)
+        norm = torch.linalg.vector_norm(self.z, 1, dim=-1)
+        if slope is not None:
+            self.z.mul_(slope)
+        return norm
+
+
+class SparseRows(StudentRows):
+    """Rows whose teacher is known at K ids and has the student's shape elsewhere.
+
+    Outside the ids the pool is then `c * p` with one number c per row, as a + b = 1: no teacher logits, no pool. The K
+    known entries are computed apart, in float64.
+    """
+
+    def __init__(self, z: Tensor, labels: Tensor, softcap: float | None, teacher: tuple, residual: Residual):
+        self.ids, log_q = teacher[0], teacher[1].double()
+        super().__init__(z, labels, softcap, teacher)
+        self.log_q, self.log_p = log_q, self.z.gather(-1, self.ids).double() - self.log_sum[:, None]
+        self.tail_p = (self.tail_sum / self.sum).double()
+        self.tail_q = -torch.expm1(log_q.logsumexp(-1)).clamp(max=0)
+        has_tail = (self.tail_p > 0) & (self.tail_q > 0)
+        known, tail = residual.teacher * log_q, residual.teacher * self.tail_q.log()
+        if residual.student != 0:
+            known = known + residual.student * self.log_p
+            tail = tail + residual.student * self.tail_p.log()
+        known = known.masked_fill((log_q == -torch.inf) | (self.log_p < BELOW_ALL / 2), -torch.inf)
+        logs = torch.cat([known, tail.masked_fill(~has_tail, -torch.inf)[:, None]], dim=-1).log_softmax(-1)
+        self.pool, self.pool_tail = logs[:, :-1].exp(), logs[:, -1].exp()
+        self.tail_factor = torch.where(has_tail, self.pool_tail / self.tail_p, 0)  # c
+
+    def _moments(self) -> tuple[Tensor, Tensor]:
+        """As above, the tail apart: as a difference it would lose its digits where the student is sure."""
+        e, z = self.e.gather(-1, self.ids), self.z.gather(-1, self.ids)
+        self.e.scatter_(-1, self.ids, 0)
+        self.tail_sum, self.tail_dot = super()._moments()
+        self.e.scatter_(-1, self.ids, e)
+        return self.tail_sum + e.sum(-1), self.tail_dot + (e * z).sum(-1)
+
+    @cached_property
+    def _at_label(self) -> Tensor:
+        return self.ids == self.labels[:, None]
+
+    def _known_or_tail(self, known: Tensor, tail: Tensor) -> Tensor:  # (r, K), (r,) -> (r,)
+        """The entry of `known` at the label, or `tail` where the label is none of the ids."""
+        return torch.where(self._at_label.any(-1), known.masked_fill(~self._at_label, 0).sum(-1), tail)
+
+    @cached_property
+    def teacher_log_p_y(self) -> Tensor:
+        return self._known_or_tail(self.log_q, (self.tail_q / self.tail_p).log() + self.log_p_y)
+
+    @property
+    def teacher_mass(self) -> Tensor:
+        raise ValueError("The rank mass of a label under its teacher needs dense teacher logits, not top-K ones.")
+
+    @cached_property
+    def residual_log_p_y(self) -> Tensor:
+        return self._known_or_tail(self.pool, self.tail_factor * self.log_p_y.double().exp()).log()
+
+    @cached_property
+    def _tail_log_p(self) -> Tensor:
+        """sum over the tail of p log p."""
+        return (self.tail_dot / self.sum).double() - self.tail_p * self.log_sum
+
+    @cached_property
+    def residual_nll(self) -> Tensor:
+        known = (self.pool * self.log_p.masked_fill(self.pool == 0, 0)).sum(-1)
+        return -known - self.tail_factor * self._tail_log_p
+
+    @cached_property
+    def residual_kl(self) -> Tensor:
+        known = torch.special.xlogy(self.pool, self.pool).sum(-1)
+        tail = torch.special.xlogy(self.pool_tail, self.tail_factor) + self.tail_factor * self._tail_log_p
+        return (self.residual_nll + known + tail).clamp(min=0)
+
+    def write_gradient(self, label_weight: Tensor, residual_weight: Tensor) -> Tensor:
+        slope = self._slope()
+        total, w_r = (label_weight + residual_weight).double(), residual_weight.double()
+        known = total[:, None] * self.log_p.exp() - w_r[:, None] * self.pool
+        outside = (total - w_r * self.tail_factor) / self.sum
+        torch.mul(self.e, outside.to(self.e)[:, None], out=self.z)
+        self.z.scatter_(-1, self.ids, known.to(self.z))
+        self._subtract_label(label_weight)
+        norm = torch.linalg.vector_norm(self.z, 1, dim=-1)
+        if slope is not None:
+            self.z.mul_(slope)
+        return norm

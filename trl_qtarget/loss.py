@@ -1,0 +1,163 @@
+"""`qtarget_loss`: any loss of the framework, straight from hidden states and head, without (N, V) logits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .kernels import tiles_for
+from .kernels.chunked import Job, QTargetFunction
+from .kernels.products import Head
+from .reference import IGNORE
+from .target import Target
+from .teachers.base import ProjectedLogits, TeacherLogits, TopKLogits
+
+
+@dataclass(frozen=True)
+class QTargetOutput:
+    """The loss, and what it saw at each token: detached (N,) vectors, zero where the label is ignored."""
+
+    loss: Tensor  # () sum over labelled tokens, nats; carries the gradient
+    token_loss: Tensor  # published value of the loss, nats
+    log_p_y: Tensor  # student's log-probability of the label, nats
+    trust: Tensor  # gamma
+    entropy: Tensor  # H(p), nats
+    is_top1: Tensor  # bool: the label is the student's first choice
+    target_p_y: Tensor  # Q(y)
+    moved: Tensor  # 1/2 ||Q - p||_1, how far the target is from the student
+    grad_mass: Tensor  # s/2 ||Q - p||_1, half the L1 norm of the gradient in the logits
+
+
+def qtarget_loss(
+    hidden: Tensor,  # (N, D) or (..., D)
+    weight: Tensor,  # (V, D)
+    labels: Tensor,  # (N,) or (...,), -100 where there is nothing to learn
+    target: Target,
+    *,
+    teacher: TeacherLogits | None = None,
+    reference_log_p_y: Tensor | None = None,  # (N,)
+    token_weight: Tensor | None = None,  # (N,)
+    trajectory: Tensor | None = None,  # (N,) ids; None: all tokens are one trajectory
+    bias: Tensor | None = None,  # (V,)
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    backend: str = "auto",
+    chunk_size: int | None = None,
+) -> QTargetOutput:
+    """Sum over labelled tokens of `s_t * CE(stopgrad[Q_t], p_t)`, with `Q = gamma * delta_y + (1 - gamma) * pi~`.
+
+    It replaces, for `nll`, these lines, and for other targets their like, in value and in gradient:
+
+        logits = (hidden @ weight.T + bias).float() * logit_scale
+        logits = softcap * tanh(logits / softcap)
+        loss = cross_entropy(logits, labels, ignore_index=-100, reduction="sum")
+
+    Labels are those of the hidden states beside them: shift them first. Divide `loss` by the number of tokens of the
+    whole optimizer step. The gradient (float32 until it is cast to its tensor's type) reaches hidden, weight and bias
+    where they require one; everything about Q is constant. The published value is reported as `loss` (see `Target`),
+    and it differs from the cross entropy by a constant of the gradient's point of view.
+
+    Args:
+        teacher: pi_T, or pi_ref, for targets that need one; rows are those of `hidden`.
+        reference_log_p_y: log pi_ref(y) (iw_sft, prift) or log pi_old(y) (psft); read off `teacher` if that is dense.
+        token_weight: multiplies each token's loss; for `critical_token`, its mask.
+        chunk_size: tokens per tile; None takes them from a budget of bytes. Results do not depend on it.
+        backend: "auto" or "torch".
+
+    Raises:
+        ValueError: shapes that do not fit, an input that the target needs and that is missing, an unknown backend, or
+            a top-K teacher with a residual whose exponents do not sum to one.
+    """
+    shape, labels = labels.shape, labels.reshape(-1)
+    hidden = hidden.reshape(-1, hidden.shape[-1])
+    head = Head(weight, bias, float(logit_scale), softcap)
+    job = Job(
+        target=target,
+        tiles=tiles_for(backend, hidden.device),
+        labels=labels,
+        teacher=teacher,
+        reference_log_p_y=_flat(reference_log_p_y),
+        token_weight=_flat(token_weight),
+        trajectory=_flat(trajectory),
+        chunk_size=chunk_size,
+    )
+    _check(hidden, head, job)
+    keep = (labels != IGNORE).nonzero().squeeze(-1)
+    if len(keep) < len(labels):
+        hidden, job = hidden.index_select(0, keep), _take(job, keep)
+    job = _only_what_is_needed(job)
+    wants = tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias))
+    compute = weight.dtype
+    if torch.is_autocast_enabled(hidden.device.type) and compute != torch.float64:
+        compute = torch.get_autocast_dtype(hidden.device.type)
+    with torch.no_grad():
+        head = head.to(compute)
+    loss = QTargetFunction.apply(hidden, weight, bias, job, head, wants)
+    return QTargetOutput(loss, **{name: _spread(x, keep, shape) for name, x in job.columns.items()})
+
+
+def _flat(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.reshape(-1)
+
+
+def _take(job: Job, keep: Tensor) -> Job:
+    def take(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x.index_select(0, keep)
+
+    return replace(
+        job,
+        labels=job.labels.index_select(0, keep),
+        teacher=None if job.teacher is None else job.teacher.take(keep),
+        reference_log_p_y=take(job.reference_log_p_y),
+        token_weight=take(job.token_weight),
+        trajectory=take(job.trajectory),
+    )
+
+
+def _only_what_is_needed(job: Job) -> Job:
+    """Drop a teacher that the target does not read, and number trajectories from zero."""
+    reads_label = {"reference_log_p_y", "snapshot"} & set(job.target.needs) and job.reference_log_p_y is None
+    teacher = job.teacher if job.target.needs_teacher_logits or reads_label else None
+    if isinstance(teacher, ProjectedLogits):
+        dtype = teacher.weight.dtype
+        teacher = replace(teacher, hidden=teacher.hidden.detach().to(dtype), weight=teacher.weight.detach())
+    trajectory = job.trajectory
+    if trajectory is not None:
+        trajectory = trajectory.unique(return_inverse=True)[1]
+    return replace(job, teacher=teacher, trajectory=trajectory)
+
+
+def _spread(x: Tensor, keep: Tensor, shape: torch.Size) -> Tensor:
+    """Per-token results back to where the labels were."""
+    return x.new_zeros(shape.numel()).index_copy(0, keep, x).view(shape)
+
+
+def _check(hidden: Tensor, head: Head, job: Job) -> None:
+    N, needs = len(hidden), set(job.target.needs)
+    named = {
+        "labels": job.labels,
+        "teacher": job.teacher,
+        "reference_log_p_y": job.reference_log_p_y,
+        "token_weight": job.token_weight,
+        "trajectory": job.trajectory,
+    }
+    for name, x in named.items():
+        if x is not None and len(x) != N:
+            raise ValueError(f"{name} has {len(x)} rows, hidden has {N}: there must be one for each token.")
+    if hidden.shape[-1] != head.weight.shape[-1]:
+        raise ValueError(f"hidden is {hidden.shape[-1]} wide, weight is {head.weight.shape[-1]}: they must agree.")
+    if job.target.needs_teacher_logits and job.teacher is None:
+        raise ValueError(f"This target needs {' and '.join(sorted(needs))} logits: pass teacher=ProjectedLogits(...).")
+    if needs & {"reference_log_p_y", "snapshot"} and job.reference_log_p_y is None:
+        if job.teacher is None or job.target.whole_batch:
+            raise ValueError("This target needs the label's log-probability elsewhere: pass reference_log_p_y.")
+    if "token_weight" in needs and job.token_weight is None:
+        raise ValueError("This target reads token_weight: pass one weight for each token.")
+    residual = job.target.residual
+    if isinstance(job.teacher, TopKLogits) and residual.teacher != 0 and residual.student + residual.teacher != 1:
+        raise ValueError(
+            f"A top-K teacher leaves its tail to the student, which needs a residual whose exponents sum to one; "
+            f"{residual} does not. Pass dense logits as ProjectedLogits."
+        )

@@ -1,0 +1,181 @@
+"""The specification: every loss written out over the whole vocabulary in float64, and the target any loss implies.
+
+Slow and dense on purpose. Kernels are tested against it, and it against each paper's own formula.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .target import Residual, Target, Tokens
+
+
+IGNORE = -100  # the label of a token that is not trained on, as in torch's cross entropy
+
+
+def pool(residual: Residual, log_p: Tensor, log_q: Tensor | None) -> Tensor:  # (N, V), (N, V) -> (N, V)
+    """log pi~, with `pi~(v) ~ p(v)^a * pi_T(v)^b` over the tokens that both models can produce.
+
+    A factor with exponent zero is left out rather than multiplied, since 0 * -inf is no number.
+    """
+    possible = log_p > -torch.inf
+    logits = torch.zeros_like(log_p)
+    if residual.student:
+        logits = logits + residual.student * log_p
+    if residual.teacher:
+        possible = possible & (log_q > -torch.inf)
+        logits = logits + residual.teacher * log_q
+    return logits.masked_fill(~possible, -torch.inf).log_softmax(-1)
+
+
+def _expect(log_weight: Tensor, x: Tensor) -> Tensor:  # (N, V), (N, V) -> (N,)
+    """E_weight[x], where an impossible token contributes nothing whatever x says of it."""
+    return (log_weight.exp() * x.masked_fill(log_weight == -torch.inf, 0)).sum(-1)
+
+
+@dataclass
+class DenseRows:
+    """The vocabulary statistics of `Tokens`, from dense log-probabilities."""
+
+    log_p: Tensor  # (N, V)
+    labels: Tensor  # (N,)
+    residual: Residual
+    log_q: Tensor | None  # (N, V) the teacher's
+
+    @cached_property
+    def log_pool(self) -> Tensor:
+        return pool(self.residual, self.log_p, self.log_q)
+
+    @cached_property
+    def entropy(self) -> Tensor:
+        return -_expect(self.log_p, self.log_p).clamp(max=0)
+
+    @cached_property
+    def collision(self) -> Tensor:
+        return (2 * self.log_p).exp().sum(-1)
+
+    @cached_property
+    def residual_log_p_y(self) -> Tensor:
+        return self.log_pool.gather(-1, self.labels[:, None]).squeeze(-1)
+
+    @cached_property
+    def residual_nll(self) -> Tensor:
+        return -_expect(self.log_pool, self.log_p)
+
+    @cached_property
+    def residual_kl(self) -> Tensor:
+        return self.residual_nll + _expect(self.log_pool, self.log_pool)
+
+    @cached_property
+    def teacher_log_p_y(self) -> Tensor:
+        return self.log_q.gather(-1, self.labels[:, None]).squeeze(-1)
+
+    @cached_property
+    def teacher_mass(self) -> Tensor:
+        q, q_y = self.log_q.exp(), self.teacher_log_p_y.exp()
+        return (q * (q < q_y[:, None])).sum(-1) + q_y
+
+    def top_evenness(self, k: int) -> Tensor:
+        k = min(k, self.log_p.shape[-1])
+        top = self.log_p.topk(k).values.log_softmax(-1)
+        return (-_expect(top, top) / torch.tensor(float(max(k, 2))).log()).clamp(0, 1)
+
+
+def reference_loss(
+    logits: Tensor,  # (N, V)
+    labels: Tensor,  # (N,) IGNORE where there is nothing to learn
+    target: Target,
+    teacher_logits: Tensor | None = None,  # (N, V_T)
+    *,
+    reference_log_p_y: Tensor | None = None,  # (N,)
+    token_weight: Tensor | None = None,  # (N,)
+    trajectory: Tensor | None = None,  # (N,) ids in 0 .. N - 1
+) -> Tensor:  # ()
+    """Sum over labelled tokens of the loss, in float64; autograd supplies the gradient `s * (p - Q)`.
+
+    The value is the published one (`Target.value`), else that of `s * CE(Q, p)`; the gradient is that of
+    `s * CE(stopgrad[Q], p)` always. A teacher with other columns than the student is compared over the common first
+    ones, renormalised.
+    """
+    keep = labels != IGNORE
+    logits, labels = logits[keep].double(), labels[keep]
+    log_p = logits.log_softmax(-1)
+    with torch.no_grad():
+        extras = (None if x is None else x[keep] for x in (reference_log_p_y, token_weight, trajectory))
+        tokens = _dense_tokens(log_p, labels, target, None if teacher_logits is None else teacher_logits[keep], *extras)
+        weights = target.weights(tokens)
+        published = target.token_loss(weights, tokens)
+        target_mass = _target_mass(target, weights, tokens)  # s * Q
+    surrogate = -(target_mass * log_p.masked_fill(target_mass == 0, 0)).sum()
+    return surrogate + (published.sum() - surrogate).detach()
+
+
+def _dense_tokens(log_p, labels, target, teacher_logits, reference_log_p_y, token_weight, trajectory) -> Tokens:
+    log_q = None
+    if teacher_logits is not None:
+        common = min(log_p.shape[-1], teacher_logits.shape[-1])
+        log_q = torch.full_like(log_p, -torch.inf)
+        log_q[:, :common] = teacher_logits[:, :common].double().log_softmax(-1)
+    return Tokens(
+        log_p_y=log_p.gather(-1, labels[:, None]).squeeze(-1),
+        rows=DenseRows(log_p, labels, target.residual, log_q),
+        labels=labels,
+        token_weight=None if token_weight is None else token_weight.double(),
+        given_reference=None if reference_log_p_y is None else reference_log_p_y.double(),
+        trajectory=trajectory,
+    )
+
+
+def _target_mass(target: Target, weights, tokens: Tokens) -> Tensor:  # (N, V)
+    """s * Q, up to a multiple of p, along which the loss does not change."""
+    mass = torch.zeros_like(tokens.rows.log_p)
+    if target.residual.is_student:
+        # the residual's share pulls towards where the model already is: w_y * (p - delta_y) is the whole gradient
+        return mass.scatter_(-1, tokens.labels[:, None], weights.label[:, None])
+    mass += weights.residual[:, None] * tokens.rows.log_pool.exp()
+    return mass.scatter_add_(-1, tokens.labels[:, None], weights.label[:, None])
+
+
+class InducedTarget(NamedTuple):
+    """What distribution a loss pulls the model towards."""
+
+    target: Tensor  # (N, V) Q = p - dL/dz, rows sum to one; a signed measure where some entry is negative
+    scale: Tensor  # (N,) smallest s for which Q_s = p - dL/dz / s is a proper distribution; 0 for a zero gradient
+    signed: Tensor  # (N,) bool: Q itself (s = 1) is signed, so the loss is no cross entropy to a distribution
+
+
+def induced_target(
+    loss_fn: Callable[[Tensor, Tensor], Tensor],
+    logits: Tensor,  # (N, V)
+    labels: Tensor,  # (N,)
+) -> InducedTarget:
+    """The target distribution that any loss implies, `Q = p - dL/dz` (arXiv 2606.11189).
+
+    `loss_fn(logits, labels)` returns a scalar, or one value per token; values are summed. Q is defined up to a scale:
+    `Q_s = p - dL/dz / s` gives the same gradient `s * (p - Q_s)`, and is proper when `s >= max_v (dL/dz_v) / p_v`.
+
+    Raises:
+        ValueError: a gradient whose rows do not sum to zero; the loss then depends on a constant added to the logits,
+            and no target distribution explains it.
+
+    Example:
+        >>> Q, scale, signed = induced_target(lambda z, y: torch.nn.functional.cross_entropy(z, y), z, y)
+    """
+    z = logits.detach().double().requires_grad_()
+    (gradient,) = torch.autograd.grad(loss_fn(z, labels).sum(), z)
+    size = gradient.abs().sum(-1)
+    if (gradient.sum(-1).abs() > 1e-6 * size.clamp(min=1e-6)).any():
+        raise ValueError(
+            "The loss changes when a constant is added to all logits of a token, so it implies no target distribution: "
+            "compute it from log-probabilities, for instance logits.log_softmax(-1)."
+        )
+    p = z.detach().softmax(-1)
+    ratio = torch.where(gradient == 0, gradient, gradient / p)
+    scale = ratio.amax(-1).clamp(min=0)
+    return InducedTarget(p - gradient, scale, scale > 1 + 1e-9)

@@ -1,0 +1,194 @@
+"""The vocabulary: a loss is a target distribution, and a target is a trust, a residual and a scale.
+
+At a labelled token with student p = softmax(z) and label y,
+
+    Q = gamma * delta_y + (1 - gamma) * pi~        loss = s * CE(stopgrad[Q], p)        dloss/dz = s * (p - Q)
+
+(Xie et al., arXiv 2606.11189). `Target` holds gamma (trust), pi~ (residual) and s (scale) as data. Kernels see the
+weights `s * gamma` and `s * (1 - gamma)` of each token and the two exponents of the residual, never a method's name.
+
+Nothing here imports torch: rules need tensor methods only, and the table of losses is printed in no time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def _statistic(name: str, meaning: str) -> Any:
+    def read(tokens: Tokens) -> Tensor:
+        if tokens.rows is None:
+            raise AttributeError(
+                f"A rule of a whole_batch target asked for {name}: statistics of the vocabulary are gone by the time "
+                "the whole batch is known. It may use log_p_y, reference_log_p_y, token_weight and trajectory."
+            )
+        return getattr(tokens.rows, name).to(tokens.log_p_y)
+
+    return property(read, doc=meaning)
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What a rule may look at: one detached number per labelled token, in float64 where the device has it.
+
+    Double precision makes `1 - t.p_y` and `t.p_y ** a` safe to write as the papers do; n numbers cost nothing beside
+    the n x V logits they summarise. Logarithms and entropies are in nats.
+    """
+
+    log_p_y: Tensor  # (n,) log p(y)
+    rows: Any = None  # the vocabulary statistics below, each computed when first asked for
+    labels: Tensor | None = None  # (n,) y
+    token_weight: Tensor | None = None  # (n,) the dataset's own weights
+    given_reference: Tensor | None = None  # (n,) log pi_ref(y) or log pi_old(y), where somebody supplied it
+    trajectory: Tensor | None = None  # (n,) which trajectory a token is part of, ids in 0 .. n - 1; None: all one
+
+    entropy = _statistic("entropy", "H(p)")
+    collision = _statistic("collision", "sum_v p(v)^2")
+    residual_log_p_y = _statistic("residual_log_p_y", "log pi~(y)")
+    residual_nll = _statistic("residual_nll", "CE(pi~, p)")
+    residual_kl = _statistic("residual_kl", "KL(pi~ || p)")
+    teacher_log_p_y = _statistic("teacher_log_p_y", "log pi_T(y)")
+    teacher_mass = _statistic("teacher_mass", "pi_T(y) plus the mass of all tokens that pi_T ranks below y")
+
+    def top_evenness(self, k: int) -> Tensor:
+        """Entropy of p renormalised over its k most probable tokens, over its maximum log k: in [0, 1]."""
+        return self.rows.top_evenness(k).to(self.log_p_y)
+
+    @cached_property
+    def p_y(self) -> Tensor:
+        return self.log_p_y.exp()
+
+    @property
+    def nll(self) -> Tensor:
+        return -self.log_p_y
+
+    @property
+    def reference_log_p_y(self) -> Tensor:
+        """log pi_ref(y): as supplied, else read off the teacher's logits."""
+        return self.teacher_log_p_y if self.given_reference is None else self.given_reference
+
+    def trajectory_means(self, x: Tensor) -> Tensor:
+        """(n,) values to (n,) slots: slot i holds the mean over trajectory i, NaN where there is none."""
+        ids, zeros = self._ids(x), x.new_zeros(len(x))
+        return zeros.index_add(0, ids, x) / zeros.index_add(0, ids, x.new_ones(len(x)))
+
+    def trajectory_mean(self, x: Tensor) -> Tensor:
+        """(n,) values to (n,): each token gets the mean over its own trajectory."""
+        return self.trajectory_means(x)[self._ids(x)]
+
+    def _ids(self, x: Tensor) -> Tensor:
+        return x.new_zeros(len(x)).long() if self.trajectory is None else self.trajectory
+
+
+Rule = Callable[[Tokens], "Tensor"] | float
+
+
+@dataclass(frozen=True)
+class Residual:
+    """The log-linear pool `pi~(v) ~ p(v)^student * pi_T(v)^teacher`, over the tokens both models can produce.
+
+    (0, 0) is uniform, (1, 0) the student itself, (1/beta, 0) a sharpened student, (0, 1) a teacher or a reference,
+    (1 - eta, eta) the guided teacher of Target-SFT. In logits: softmax(student * z + teacher * z_T).
+    """
+
+    student: float = 0.0
+    teacher: float = 0.0
+
+    @property
+    def is_student(self) -> bool:
+        """Whether pi~ = p: the residual then pulls nowhere, and both its gradient and its value are left out."""
+        return self.student == 1 and self.teacher == 0
+
+
+UNIFORM = Residual()
+STUDENT = Residual(student=1.0)
+TEACHER = Residual(teacher=1.0)
+
+
+class RowWeights(NamedTuple):
+    """What a target says of n tokens; all (n,) and constant for the gradient."""
+
+    label: Tensor  # w_y = s * gamma
+    residual: Tensor  # w_r = s * (1 - gamma)
+    scale: Tensor  # s
+    trust: Tensor  # gamma
+
+
+@dataclass(frozen=True)
+class Target:
+    """A loss of the framework: `Q = trust * delta_y + (1 - trust) * residual`, times `scale`.
+
+    Rules are numbers or functions of `Tokens`, and constant for the gradient.
+
+    Args:
+        trust: gamma, the weight of the observed token.
+        residual: pi~, what the rest of the weight goes to.
+        scale: s, the published method's own multiplier. Two methods with one Q differ in it.
+        residual_weight: replaces 1 - gamma, for signed targets; what is then missing from 1 goes to the student. GEM
+            (trust 1, residual weight -1) is `Q = delta_y + p - q`.
+        value: the per-token loss to report, where the published one is not `w_y * nll + w_r * CE(pi~, p)`. It changes
+            no gradient.
+        needs: inputs without which the loss makes no sense, among "teacher", "reference" (logits of the initial
+            model), "reference_log_p_y" (its log-probability of y only), "snapshot" (log-probability of y a few updates
+            ago) and "token_weight" (the rules read it themselves; elsewhere it multiplies the loss).
+        whole_batch: the rules need all tokens at once (trajectory means, batch medians): they are given log_p_y of the
+            whole batch, from one extra pass without gradients, and no vocabulary statistics.
+        snapshot_every: for "snapshot", after how many optimizer updates the remembered model is renewed.
+    """
+
+    trust: Rule = 1.0
+    residual: Residual = STUDENT
+    scale: Rule = 1.0
+    residual_weight: Rule | None = None
+    value: Rule | None = None
+    needs: tuple[str, ...] = ()
+    whole_batch: bool = False
+    snapshot_every: int = 0
+
+    def __post_init__(self) -> None:
+        if self.residual.teacher != 0 and not {"teacher", "reference"} & set(self.needs):
+            object.__setattr__(self, "needs", (*self.needs, "teacher"))
+
+    @property
+    def needs_teacher_logits(self) -> bool:
+        """Whether a second model's whole distribution is wanted, be it a teacher's or a reference's."""
+        return "teacher" in self.needs or "reference" in self.needs
+
+    def weights(self, tokens: Tokens) -> RowWeights:
+        """The weights of n tokens. `token_weight` multiplies the scale unless the rules read it themselves."""
+        trust = _evaluate(self.trust, tokens)
+        scale = _evaluate(self.scale, tokens)
+        if self._is_weighted(tokens):
+            scale = scale * tokens.token_weight
+        share = 1 - trust if self.residual_weight is None else _evaluate(self.residual_weight, tokens)
+        return RowWeights(scale * trust, scale * share, scale, trust)
+
+    def token_loss(self, weights: RowWeights, tokens: Tokens) -> Tensor:
+        """(n,) the published value of the loss, nats; that of `s * CE(Q, p)` where nothing else is published."""
+        if self.value is not None:
+            value = _evaluate(self.value, tokens)
+            return value * tokens.token_weight if self._is_weighted(tokens) else value
+        loss = weights.label * tokens.nll
+        return loss if self.residual.is_student else loss + weights.residual * tokens.residual_nll
+
+    def target_p_y(self, weights: RowWeights, tokens: Tokens) -> Tensor:
+        """(n,) Q(y), the probability that the target gives the label; above 1 or below 0 where Q is signed."""
+        share = 1 - weights.trust if self.residual_weight is None else _evaluate(self.residual_weight, tokens)
+        pool_p_y = tokens.p_y if self.residual.is_student else tokens.residual_log_p_y.exp()
+        return weights.trust + share * pool_p_y + (1 - weights.trust - share) * tokens.p_y
+
+    def _is_weighted(self, tokens: Tokens) -> bool:
+        return tokens.token_weight is not None and "token_weight" not in self.needs
+
+
+def _evaluate(rule: Rule, tokens: Tokens) -> Tensor:
+    if callable(rule):
+        return rule(tokens).to(tokens.log_p_y)
+    return tokens.log_p_y.new_full((len(tokens.log_p_y),), rule)
