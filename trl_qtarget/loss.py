@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from math import isclose
 
 import torch
 from torch import Tensor
@@ -156,7 +157,11 @@ def _check(hidden: Tensor, head: Head, job: Job) -> None:
     if "token_weight" in needs and job.token_weight is None:
         raise ValueError("This target reads token_weight: pass one weight for each token.")
     residual = job.target.residual
-    if isinstance(job.teacher, TopKLogits) and residual.teacher != 0 and residual.student + residual.teacher != 1:
+    if (
+        isinstance(job.teacher, TopKLogits)
+        and residual.teacher != 0
+        and not isclose(residual.student + residual.teacher, 1)
+    ):
         raise ValueError(
             f"A top-K teacher leaves its tail to the student, which needs a residual whose exponents sum to one; "
             f"{residual} does not. Pass dense logits as ProjectedLogits."

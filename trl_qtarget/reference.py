@@ -5,6 +5,7 @@ Slow and dense on purpose. Kernels are tested against it, and it against each pa
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -84,7 +85,7 @@ class DenseRows:
     def top_evenness(self, k: int) -> Tensor:
         k = min(k, self.log_p.shape[-1])
         top = self.log_p.topk(k).values.log_softmax(-1)
-        return (-_expect(top, top) / torch.tensor(float(max(k, 2))).log()).clamp(0, 1)
+        return (-_expect(top, top) / math.log(max(k, 2))).clamp(0, 1)
 
 
 def reference_loss(
@@ -95,7 +96,7 @@ def reference_loss(
     *,
     reference_log_p_y: Tensor | None = None,  # (N,)
     token_weight: Tensor | None = None,  # (N,)
-    trajectory: Tensor | None = None,  # (N,) ids in 0 .. N - 1
+    trajectory: Tensor | None = None,  # (N,) ids; None: all tokens are one trajectory
 ) -> Tensor:  # ()
     """Sum over labelled tokens of the loss, in float64; autograd supplies the gradient `s * (p - Q)`.
 
@@ -104,19 +105,27 @@ def reference_loss(
     ones, renormalised.
     """
     keep = labels != IGNORE
-    logits, labels = logits[keep].double(), labels[keep]
-    log_p = logits.log_softmax(-1)
+    extras = (None if x is None else x[keep] for x in (teacher_logits, reference_log_p_y, token_weight, trajectory))
+    log_p = logits[keep].double().log_softmax(-1)
     with torch.no_grad():
-        extras = (None if x is None else x[keep] for x in (reference_log_p_y, token_weight, trajectory))
-        tokens = _dense_tokens(log_p, labels, target, None if teacher_logits is None else teacher_logits[keep], *extras)
+        tokens = dense_tokens(log_p, labels[keep], target, *extras)
         weights = target.weights(tokens)
-        published = target.token_loss(weights, tokens)
+        published = target.token_loss(weights, tokens).sum()
         target_mass = _target_mass(target, weights, tokens)  # s * Q
     surrogate = -(target_mass * log_p.masked_fill(target_mass == 0, 0)).sum()
-    return surrogate + (published.sum() - surrogate).detach()
+    return surrogate + (published - surrogate).detach()
 
 
-def _dense_tokens(log_p, labels, target, teacher_logits, reference_log_p_y, token_weight, trajectory) -> Tokens:
+def dense_tokens(
+    log_p: Tensor,  # (N, V) float64
+    labels: Tensor,  # (N,) none ignored
+    target: Target,
+    teacher_logits: Tensor | None = None,  # (N, V_T)
+    reference_log_p_y: Tensor | None = None,  # (N,)
+    token_weight: Tensor | None = None,  # (N,)
+    trajectory: Tensor | None = None,  # (N,)
+) -> Tokens:
+    """What the rules of `target` see of these tokens, every statistic computed densely."""
     log_q = None
     if teacher_logits is not None:
         common = min(log_p.shape[-1], teacher_logits.shape[-1])
@@ -128,7 +137,7 @@ def _dense_tokens(log_p, labels, target, teacher_logits, reference_log_p_y, toke
         labels=labels,
         token_weight=None if token_weight is None else token_weight.double(),
         given_reference=None if reference_log_p_y is None else reference_log_p_y.double(),
-        trajectory=trajectory,
+        trajectory=None if trajectory is None else trajectory.unique(return_inverse=True)[1],
     )
 
 

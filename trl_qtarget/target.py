@@ -12,8 +12,8 @@ Nothing here imports torch: rules need tensor methods only, and the table of los
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -160,6 +160,21 @@ class Target:
     def needs_teacher_logits(self) -> bool:
         """Whether a second model's whole distribution is wanted, be it a teacher's or a reference's."""
         return "teacher" in self.needs or "reference" in self.needs
+
+    def trusting(self, floor: float = 0.0, token_ids: Sequence[int] = ()) -> Target:
+        """The same target with a least trust for every label, and full trust in some of them.
+
+        The value to report is then that of `s * CE(Q, p)`, since no paper publishes another one for it.
+        """
+        if floor == 0 and not token_ids:
+            return self
+
+        def trust(tokens: Tokens) -> Tensor:
+            gamma = _evaluate(self.trust, tokens).clamp(min=floor)
+            certain = (tokens.labels[:, None] == tokens.labels.new_tensor(list(token_ids))).any(-1)
+            return gamma.masked_fill(certain, 1.0)
+
+        return replace(self, trust=trust, value=None)
 
     def weights(self, tokens: Tokens) -> RowWeights:
         """The weights of n tokens. `token_weight` multiplies the scale unless the rules read it themselves."""

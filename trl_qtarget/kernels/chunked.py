@@ -44,7 +44,7 @@ class Job:
     trajectory: Tensor | None = None  # (N,)
     chunk_size: int | None = None
     columns: dict[str, Tensor] = field(default_factory=dict)  # results, (N,) each
-    whole_batch: tuple[RowWeights, Tensor, Tokens] | None = None
+    whole_batch: tuple[RowWeights, Tensor] | None = None  # weights and losses, where all tokens decide them
 
     def run(self, hidden: Tensor, head: Head, wants: tuple[bool, bool, bool]) -> tuple[Tensor | None, ...]:
         """Fill `columns`, and return the wanted gradients of (hidden, weight, bias), wide and without `head.scale`."""

@@ -1,0 +1,351 @@
+"""The fused loss against the float64 specification: values, gradients, edges, memory."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from trl_qtarget import PRESETS, ProjectedLogits, Residual, Target, TopKLogits, build, qtarget_loss, reference_loss
+
+
+SIGNATURE = {"prift": {"statistic": "mass"}}
+TARGETS = [(name, {}) for name in PRESETS] + list(SIGNATURE.items())
+TAUGHT = ["kd", "kd_hybrid", "target_sft", "sft_kl", "asft"]
+
+
+def case(n=13, V=67, D=8, D_T=5, V_T=None, dtype=torch.float32, seed=0, spread=1.0, masked=True, bias=False):
+    """Inputs of one loss: hidden, weight, bias, labels, the teacher's, and the extras that some losses read."""
+    g = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=g, dtype=torch.float64)
+
+    labels = torch.randint(V, (n,), generator=g)
+    if masked and n > 2:
+        labels[torch.randperm(n, generator=g)[: n // 4]] = -100
+    V_T = V if V_T is None else V_T
+    return {
+        "hidden": (normal(n, D) * spread).to(dtype).requires_grad_(),
+        "weight": normal(V, D).to(dtype).requires_grad_(),
+        "bias": normal(V).to(dtype).requires_grad_() if bias else None,
+        "labels": labels,
+        "teacher": ProjectedLogits(normal(n, D_T).to(dtype), normal(V_T, D_T).to(dtype)),
+        "extras": {
+            "reference_log_p_y": -normal(n).abs() - 0.1,
+            "token_weight": (normal(n) > 0).double(),
+            "trajectory": torch.arange(n) // 4,
+        },
+    }
+
+
+def extras(name, c):
+    """Only what a loss reads: token_weight would multiply every other one."""
+    needs = build(name).needs
+    wanted = {"trajectory", *(("token_weight",) if "token_weight" in needs else ())}
+    if {"reference_log_p_y", "snapshot"} & set(needs):
+        wanted.add("reference_log_p_y")
+    return {k: v for k, v in c["extras"].items() if k in wanted}
+
+
+def dense(hidden, weight, bias=None, scale=1.0, softcap=None):
+    z = hidden.double() @ weight.double().T
+    z = (z if bias is None else z + bias.double()) * scale
+    return z if softcap is None else softcap * torch.tanh(z / softcap)
+
+
+def both(c, target, more=None, teacher=None, scale=1.0, softcap=None, **kwargs):
+    """(loss, gradients) of the fused loss and of the specification."""
+    leaves = [x for x in (c["hidden"], c["weight"], c["bias"]) if x is not None]
+    more = more or {}
+    out = qtarget_loss(
+        c["hidden"], c["weight"], c["labels"], target,
+        teacher=c["teacher"] if teacher is None else teacher,
+        bias=c["bias"], logit_scale=scale, softcap=softcap, **more, **kwargs,
+    )  # fmt: skip
+    fused = out.loss, *torch.autograd.grad(out.loss, leaves)
+    t = c["teacher"]
+    z = dense(c["hidden"], c["weight"], c["bias"], scale, softcap)
+    loss = reference_loss(z, c["labels"], target, dense(t.hidden, t.weight, t.bias, t.logit_scale, t.softcap), **more)
+    return out, fused, (loss, *torch.autograd.grad(loss, leaves))
+
+
+def close(fused, reference, **tolerance):
+    for a, b in zip(fused, reference, strict=True):
+        torch.testing.assert_close(a.double(), b.double(), **(tolerance or {"rtol": 2e-5, "atol": 2e-5}))
+
+
+@pytest.mark.parametrize(("name", "kwargs"), TARGETS)
+@pytest.mark.parametrize("spread", [0.1, 3.0])
+def test_every_preset_equals_the_specification(name, kwargs, spread):
+    c = case(spread=spread, bias=True)
+    _, fused, reference = both(c, build(name, **kwargs), extras(name, c), chunk_size=4)
+    close(fused, reference)
+
+
+@pytest.mark.parametrize(("name", "kwargs"), TARGETS)
+def test_every_preset_in_double_precision(name, kwargs):
+    c = case(dtype=torch.float64, V=31)
+    _, fused, reference = both(c, build(name, **kwargs), extras(name, c))
+    close(fused, reference, rtol=1e-10, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", ["dft", "target_sft", "label_smoothing", "gem"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_errs_at_most_twice_as_much_as_eager(name, dtype):
+    c = case(n=40, V=257, D=32, dtype=dtype, spread=0.3)
+    target = build(name)
+    _, fused, reference = both(c, target)
+    leaves = c["hidden"], c["weight"]
+    t = c["teacher"]
+    eager = reference_loss((c["hidden"] @ c["weight"].T).float(), c["labels"], target, (t.hidden @ t.weight.T).float())
+    eager = eager, *torch.autograd.grad(eager, leaves)
+    for a, b, exact in zip(fused, eager, reference, strict=True):
+        error, allowed = (a.double() - exact).abs().max(), (b.double() - exact).abs().max()
+        assert error <= 2 * allowed + 1e-5 * max(1, exact.abs().max())
+
+
+@pytest.mark.parametrize("name", ["nll", "target_sft", "label_smoothing"])
+def test_scale_softcap_and_bias_of_both_models(name):
+    c = case(bias=True, spread=2.0)
+    t = c["teacher"]
+    teacher = ProjectedLogits(t.hidden, t.weight, torch.linspace(-1, 1, 67), logit_scale=0.3, softcap=5.0)
+    c["teacher"] = teacher
+    _, fused, reference = both(c, build(name), scale=0.7, softcap=3.0)
+    close(fused, reference)
+
+
+@pytest.mark.parametrize("V_T", [50, 67, 90])
+def test_a_teacher_with_other_columns_is_compared_over_the_common_ones(V_T):
+    _, fused, reference = both(case(V_T=V_T), build("target_sft", eta=0.3))
+    close(fused, reference)
+
+
+@pytest.mark.parametrize("eta", [-0.5, 0.0, 0.25, 1.0, 1.5])
+def test_impossible_columns_on_either_side(eta):
+    c = case(bias=True, V=31)
+    c["bias"] = c["bias"].detach().index_fill(0, torch.tensor([3, 30]), -torch.inf).requires_grad_()
+    c["labels"] = c["labels"].where(~torch.isin(c["labels"], torch.tensor([3, 30])), 4)
+    t = c["teacher"]
+    hole = torch.zeros(31).index_fill(0, torch.tensor([4, 7]), -torch.inf)
+    c["teacher"] = ProjectedLogits(t.hidden, t.weight, hole)
+    out, fused, reference = both(c, build("target_sft", eta=eta))
+    assert out.loss.isfinite()
+    close(fused[:2], reference[:2])
+
+
+@pytest.mark.parametrize("wants", [(True, False), (False, True), (False, False)])
+def test_a_frozen_side_gets_no_gradient_and_the_other_is_unchanged(wants):
+    c = case()
+    full = both(c, build("target_sft"))[1]
+    hidden, weight = (x.detach().requires_grad_(w) for x, w in zip((c["hidden"], c["weight"]), wants, strict=True))
+    out = qtarget_loss(hidden, weight, c["labels"], build("target_sft"), teacher=c["teacher"])
+    torch.testing.assert_close(out.loss, full[0])
+    if not any(wants):
+        assert not out.loss.requires_grad
+        return
+    out.loss.backward()
+    for x, wanted, expected in zip((hidden, weight), wants, full[1:], strict=True):
+        assert (x.grad is not None) == wanted
+        if wanted:
+            torch.testing.assert_close(x.grad, expected)
+
+
+@pytest.mark.parametrize("n", [0, 1, 5])
+def test_nothing_to_learn_is_a_differentiable_zero(n):
+    c = case(n=n, masked=False)
+    c["labels"][:] = -100
+    for name in PRESETS:
+        out = qtarget_loss(c["hidden"], c["weight"], c["labels"], build(name), teacher=c["teacher"], **extras(name, c))
+        gradients = torch.autograd.grad(out.loss, (c["hidden"], c["weight"]))
+        assert out.loss == 0
+        assert all((g == 0).all() for g in gradients)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 3, 128])
+def test_results_do_not_depend_on_the_chunk_size_or_the_order(chunk_size):
+    c = case(n=29)
+    whole, again = both(c, build("asft")), both(c, build("asft"), chunk_size=chunk_size)
+    close(again[1], whole[1])
+    order = torch.randperm(29, generator=torch.Generator().manual_seed(1))
+    shuffled = qtarget_loss(
+        c["hidden"][order], c["weight"], c["labels"][order], build("asft"), teacher=c["teacher"].take(order)
+    )
+    torch.testing.assert_close(shuffled.token_loss, whole[0].token_loss[order])
+
+
+def test_one_row_one_column_last_label_and_huge_logits():
+    for n, V in [(1, 1), (1, 2), (3, 31)]:
+        c = case(n=n, V=V, masked=False, spread=1e3)
+        c["labels"][:] = V - 1
+        for name in ("nll", "dft", "target_sft", "label_smoothing", "eaft", "idft"):
+            out, fused, reference = both(c, build(name))
+            assert out.loss.isfinite()
+            close(fused, reference, rtol=1e-4, atol=1e-3)
+
+
+def test_a_label_that_is_almost_certain_keeps_its_digits():
+    """At logits of 1000, `z_y - logsumexp(z)` in float32 is a multiple of 6e-5."""
+    hidden, weight = torch.tensor([[1000.0, 991.0]], requires_grad=True), torch.eye(2, requires_grad=True)
+    out = qtarget_loss(hidden, weight, torch.tensor([0]), build("nll"))
+    assert math.isclose(out.log_p_y.item(), -math.log1p(math.exp(-9)), rel_tol=1e-3)
+
+
+def test_inputs_need_not_be_contiguous_and_may_have_more_axes():
+    c = case(n=12, masked=True)
+    flat = qtarget_loss(c["hidden"], c["weight"], c["labels"], build("dft"))
+    hidden = c["hidden"].detach().T.contiguous().T.view(3, 4, 8)
+    out = qtarget_loss(hidden, c["weight"].detach().T.contiguous().T, c["labels"].view(3, 4), build("dft"))
+    assert out.token_loss.shape == (3, 4)
+    torch.testing.assert_close(out.token_loss.flatten(), flat.token_loss)
+
+
+# Sparse teachers
+
+
+def top_k(c, k):
+    t = c["teacher"]
+    top = dense(t.hidden, t.weight).log_softmax(-1).topk(k)
+    return TopKLogits(top.indices, top.values)
+
+
+def sparse_as_dense(c, sparse, z):
+    """The documented tail written out: student-shaped, with the teacher's tail mass."""
+    p = z.detach().softmax(-1)
+    known = torch.zeros_like(p, dtype=torch.bool).scatter(-1, sparse.ids, True)
+    tail = p.masked_fill(known, 0)
+    mass = 1 - sparse.log_probs.exp().sum(-1, keepdim=True)
+    q = tail * mass / tail.sum(-1, keepdim=True)
+    return q.scatter(-1, sparse.ids, sparse.log_probs.exp()).log()
+
+
+@pytest.mark.parametrize("name", TAUGHT)
+@pytest.mark.parametrize("k", [1, 20])
+def test_a_sparse_teacher_equals_its_tail_written_out(name, k):
+    c = case(dtype=torch.float64)
+    c["labels"][0] = top_k(c, k).ids[0, 0]
+    sparse = top_k(c, k)
+    z = dense(c["hidden"], c["weight"])
+    loss = reference_loss(z, c["labels"], build(name), sparse_as_dense(c, sparse, z))
+    out, fused, _ = both(c, build(name), teacher=sparse)
+    close(fused, (loss, *torch.autograd.grad(loss, (c["hidden"], c["weight"]))), rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", TAUGHT)
+def test_a_sparse_teacher_with_every_id_is_the_dense_one(name):
+    c = case()
+    close(both(c, build(name), teacher=top_k(c, 67))[1], both(c, build(name))[1])
+
+
+@pytest.mark.parametrize("k", [1, 5, 67])
+def test_a_sparse_teacher_that_is_the_student_is_exact_at_any_k(k):
+    c = case(masked=False)
+    top = dense(c["hidden"], c["weight"]).detach().log_softmax(-1).topk(k)
+    sparse = TopKLogits(top.indices, top.values)
+    dft = both(c, build("dft"))[1]
+    close(both(c, build("target_sft", eta=0.7), teacher=sparse)[1][1:], dft[1:])
+
+
+def test_a_sure_student_and_a_doubting_teacher_keep_the_tail():
+    """The student's tail mass is 1e-9: as a difference from one it would be lost in float32."""
+    z = torch.cat([torch.zeros(2, 1), torch.full((2, 30), -24.0) + torch.randn(2, 30)], dim=-1)
+    hidden, weight = torch.eye(2), z.T.contiguous().requires_grad_()
+    sparse = TopKLogits(torch.zeros(2, 1, dtype=torch.long), torch.full((2, 1), math.log(0.9)))
+    out = qtarget_loss(hidden, weight, torch.tensor([0, 0]), build("kd"), teacher=sparse)
+    (gradient,) = torch.autograd.grad(out.loss, weight)
+    torch.testing.assert_close(gradient[1:].sum(), torch.tensor(-0.2), rtol=1e-4, atol=0)
+
+
+def test_a_sparse_teacher_needs_exponents_that_sum_to_one():
+    c = case()
+    target = Target(trust=0.5, residual=Residual(student=1.0, teacher=1.0))
+    with pytest.raises(ValueError, match="exponents sum to one"):
+        qtarget_loss(c["hidden"], c["weight"], c["labels"], target, teacher=top_k(c, 3))
+
+
+# Properties
+
+
+@settings(max_examples=25)
+@given(
+    seed=st.integers(0, 2**16), spread=st.floats(0.01, 30), name=st.sampled_from(["dft", "kd", "target_sft", "gem"])
+)
+def test_gradient_rows_sum_to_zero(seed, spread, name):
+    """The head's bias gradient is the sum of the rows' gradients."""
+    c = case(seed=seed, spread=spread, bias=True)
+    out, fused, _ = both(c, build(name))
+    assert fused[3].sum().abs() < 1e-4
+
+
+def test_gradcheck_with_a_fixed_target():
+    c = case(n=4, V=7, D=3, dtype=torch.float64, masked=False, bias=True)
+
+    def loss(hidden, weight, bias):
+        return qtarget_loss(hidden, weight, c["labels"], build("kd_hybrid"), teacher=c["teacher"], bias=bias).loss
+
+    assert torch.autograd.gradcheck(loss, (c["hidden"], c["weight"], c["bias"]))
+
+
+def test_moved_and_grad_mass_are_half_the_l1_norms():
+    c = case(dtype=torch.float64)
+    for name in PRESETS:
+        out, _, _ = both(c, build(name), extras(name, c))
+        z = dense(c["hidden"], c["weight"]).detach().requires_grad_()
+        t = c["teacher"]
+        loss = reference_loss(z, c["labels"], build(name), dense(t.hidden, t.weight), **extras(name, c))
+        (gradient,) = torch.autograd.grad(loss, z)
+        torch.testing.assert_close(out.grad_mass, gradient.abs().sum(-1) / 2, msg=name)
+
+
+def test_token_weight_multiplies_loss_and_gradient():
+    c = case(masked=False)
+    ones = both(c, build("target_sft"))[1]
+    twos = both(c, build("target_sft"), {"token_weight": torch.full((13,), 2.0)})[1]
+    close(twos, [2 * x for x in ones])
+
+
+class Largest(TorchDispatchMode):
+    """Records the most elements that any operation returned in a new tensor."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(x, torch.Tensor):
+                self.elements = max(self.elements, x.untyped_storage().nbytes() // x.element_size())
+        return out
+
+
+@pytest.mark.parametrize("name", ["nll", "target_sft", "label_smoothing", "iw_sft"])
+def test_no_logits_of_the_whole_batch_are_ever_allocated(name):
+    n, V, D, chunk = 96, 1024, 8, 16
+    c = case(n=n, V=V, D=D, masked=False)
+    with Largest() as largest:
+        both_out = qtarget_loss(
+            c["hidden"], c["weight"], c["labels"], build(name),
+            teacher=c["teacher"], chunk_size=chunk, **extras(name, c),
+        )  # fmt: skip
+        both_out.loss.backward()
+    assert largest.elements <= max(chunk * V, V * D)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"target": build("target_sft")}, "needs teacher logits"),
+        ({"target": build("asft")}, "needs reference logits"),
+        ({"target": build("iw_sft")}, "pass reference_log_p_y"),
+        ({"target": build("critical_token")}, "token_weight"),
+        ({"labels": torch.zeros(3, dtype=torch.long)}, "labels has 3 rows, hidden has 13"),
+        ({"weight": torch.zeros(67, 9)}, "hidden is 8 wide, weight is 9"),
+        ({"backend": "cuda"}, "Unknown backend 'cuda'"),
+    ],
+)
+def test_what_does_not_fit_is_said_in_one_sentence(kwargs, message):
+    c = case()
+    arguments = {"hidden": c["hidden"], "weight": c["weight"], "labels": c["labels"], "target": build("nll"), **kwargs}
+    with pytest.raises(ValueError, match=message):
+        qtarget_loss(**arguments)

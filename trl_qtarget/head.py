@@ -1,0 +1,227 @@
+"""The seam with the model: a forward that stops at the last hidden states and hands them on with the head.
+
+`model(**inputs, qtarget=reader)` runs the backbone and returns `reader(hidden, labels, head, aux_loss)`; without the
+keyword the forward is the model's own, so generation and saving see nothing of it. This module holds the only
+assignment to `model.forward` in the package. The forward is called through whatever wraps the model (DDP, FSDP,
+DeepSpeed, autocast), and backbone and head are looked up in each call, because PEFT and FSDP replace them.
+
+    DDP, FSDP1   the wrapper's forward is entered as ever; gradients of the head flow through its parameter
+    FSDP2        a sharded head is a DTensor: gathered once, before the loss, and its gradient scattered by autograd
+    ZeRO-3       heads are gathered around the loss (`gathered`)
+    LoRA         a frozen head gets no product and no buffer
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from .kernels.products import Head
+from .loss import QTargetOutput, qtarget_loss
+from .reference import IGNORE, dense_tokens
+from .target import Target
+from .teachers.base import ProjectedLogits
+
+
+Reader = Callable[[Tensor, Tensor, Head, Tensor | None], Any]
+
+SELF_CHECK_TOKENS = 64
+
+
+def install(model: PreTrainedModel) -> None:
+    """Give `model` the forward described above. Call it on the base model of a PEFT model, before any wrapping."""
+    own_forward = model.forward
+
+    # the original's signature, since transformers reads it to decide what a model may be given
+    @functools.wraps(type(model).forward)
+    def forward(self, *args, qtarget: Reader | None = None, **kwargs):
+        if qtarget is None:
+            return own_forward(*args, **kwargs)
+        labels, shifted = kwargs.pop("labels", None), kwargs.pop("shift_labels", None)
+        kwargs.pop("num_items_in_batch", None)
+        outputs = self.base_model(*args, **kwargs)
+        head = read_head(self)
+        hidden = outputs.last_hidden_state.to(head.weight.device)  # apart only where device_map splits the model
+        if shifted is None and labels is not None:
+            shifted = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE)
+        shifted = None if shifted is None else shifted.to(hidden.device)
+        return qtarget(hidden, shifted, head, _aux_loss(self, outputs, kwargs))
+
+    model.forward = types.MethodType(forward, model)
+
+
+def read_head(model: PreTrainedModel) -> Head:
+    """The model's output head, with the scale and the softcap its configuration puts on logits."""
+    head, config = model.get_output_embeddings(), model.config.get_text_config()
+    weight, bias = (x.full_tensor() if hasattr(x, "full_tensor") else x for x in (head.weight, head.bias))
+    return Head(weight, bias, _logit_scale(config), getattr(config, "final_logit_softcapping", None))
+
+
+def _logit_scale(config: Any) -> float:
+    """The factor on logits, under each name that transformers' configurations have for it."""
+    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
+        if getattr(config, name, None) is not None:
+            return float(getattr(config, name))
+    scaling = getattr(config, "logits_scaling", None)  # Granite and MiniCPM3 divide by it, HyperCLOVA X multiplies
+    if scaling is None:
+        return 1.0
+    return float(scaling) if config.model_type == "hyperclovax" else 1 / scaling
+
+
+def _aux_loss(model: PreTrainedModel, outputs: Any, kwargs: dict) -> Tensor | None:
+    """The load-balancing loss of a mixture of experts, where the caller asked for router logits."""
+    if not kwargs.get("output_router_logits"):
+        return None
+    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+    config = model.config.get_text_config()
+    experts = getattr(config, "num_experts", None) or config.num_local_experts
+    return load_balancing_loss_func(
+        outputs.router_logits, experts, config.num_experts_per_tok, kwargs.get("attention_mask")
+    )
+
+
+def gathered(*parameters: Tensor | None) -> contextlib.AbstractContextManager:
+    """Parameters that ZeRO-3 has split are whole inside this context; elsewhere it does nothing."""
+    split = [p for p in parameters if p is not None and hasattr(p, "ds_id")]
+    if not split:
+        return contextlib.nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(split)
+
+
+@torch.no_grad()
+def read_teacher(model: Any, inputs: dict[str, Any]) -> ProjectedLogits:
+    """A frozen model's hidden states on these inputs, (B, T, D), with its head: logits are never made here."""
+    kept: list[ProjectedLogits] = []
+
+    def keep(hidden: Tensor, labels: Tensor | None, head: Head, aux_loss: Tensor | None) -> None:
+        kept.append(ProjectedLogits(hidden, head.weight, head.bias, head.scale, head.softcap))
+
+    model(**inputs, qtarget=keep)
+    return kept[0]
+
+
+@dataclass
+class ScoredOutput(ModelOutput):
+    """What a scoring forward returns, as transformers and the wrappers around a model expect it."""
+
+    loss: Tensor | None = None  # () mean over this batch's labelled tokens
+    total: Tensor | None = None  # () sum over them; both carry the gradient
+    sums: Tensor | None = None  # (len(SUMS),) detached
+    aux_loss: Tensor | None = None  # ()
+
+
+SUMS = ("tokens", "nll", "entropy", "top1", "trust", "moved", "target_p_y", "grad_mass")
+
+
+@dataclass
+class Scorer:
+    """The reader that computes the loss of one batch, and says whether it was ever called."""
+
+    target: Target
+    backend: str = "auto"
+    chunk_size: int | None = None
+    columns: int | None = None  # compare student and teacher over these first ids only
+    teacher: ProjectedLogits | None = None  # hidden (B, T, D_T)
+    reference_log_p_y: Tensor | None = None  # (B, T)
+    token_weight: Tensor | None = None  # (B, T)
+    trajectory: Tensor | None = None  # (B, T)
+    check: bool = False
+    called: bool = False
+
+    def __call__(self, hidden: Tensor, labels: Tensor, head: Head, aux_loss: Tensor | None) -> ScoredOutput:
+        self.called = True
+        hidden, labels = self._without_virtual_tokens(hidden, labels)
+        taught = self.teacher
+        with gathered(head.weight, head.bias, *(() if taught is None else (taught.weight, taught.bias))):
+            head = head if self.columns is None else head.first(self.columns)
+            teacher = self._flat_teacher(hidden.device)
+            out = self._loss(hidden, labels, head, teacher)
+            if self.check and not self.target.whole_batch:
+                self._compare_with_reference(hidden, labels, head, teacher, out)
+        count = (labels != IGNORE).sum()
+        vectors = (-out.log_p_y, out.entropy, out.is_top1, out.trust, out.moved, out.target_p_y, out.grad_mass)
+        sums = torch.stack([count.float(), *(x.sum(dtype=torch.float32) for x in vectors)])
+        return ScoredOutput(out.loss / count.clamp(min=1), out.loss, sums, aux_loss)
+
+    def _loss(self, hidden: Tensor, labels: Tensor, head: Head, teacher: ProjectedLogits | None) -> QTargetOutput:
+        return qtarget_loss(
+            hidden,
+            head.weight,
+            labels,
+            self.target,
+            teacher=teacher,
+            reference_log_p_y=self.reference_log_p_y,
+            token_weight=self.token_weight,
+            trajectory=self.trajectory,
+            bias=head.bias,
+            logit_scale=head.scale,
+            softcap=head.softcap,
+            backend=self.backend,
+            chunk_size=self.chunk_size,
+        )
+
+    def log_p_y(self, other: ProjectedLogits, labels: Tensor) -> Tensor:  # (B, T)
+        """log-probabilities of the labels under a model that was read, (B, T) as its hidden states."""
+        head = Head(other.weight, other.bias, other.logit_scale, other.softcap)
+        with gathered(other.weight, other.bias):
+            return self._loss(other.hidden, labels, head, None).log_p_y
+
+    def _without_virtual_tokens(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Prompt tuning puts tokens before the student's that no teacher sees, and nothing is learnt on them."""
+        beside = [x.shape[1] for x in (self.token_weight, self.trajectory, self.reference_log_p_y) if x is not None]
+        beside += [] if self.teacher is None else [self.teacher.hidden.shape[1]]
+        width = min([*beside, hidden.shape[1]])
+        return hidden[:, hidden.shape[1] - width :], labels[:, labels.shape[1] - width :]
+
+    def _flat_teacher(self, device: torch.device) -> ProjectedLogits | None:
+        t = self.teacher
+        if t is None:
+            return None
+        head = Head(t.weight, t.bias)
+        head = head if self.columns is None else head.first(self.columns)
+        parts = (None if x is None else x.to(device) for x in (t.hidden.flatten(0, 1), head.weight, head.bias))
+        return ProjectedLogits(*parts, t.logit_scale, t.softcap)
+
+    @torch.no_grad()
+    def _compare_with_reference(
+        self, hidden: Tensor, labels: Tensor, head: Head, teacher: ProjectedLogits | None, out: QTargetOutput
+    ) -> None:
+        """Stop if the fused loss of a few tokens is not the specified one."""
+        rows = (labels.flatten() != IGNORE).nonzero().squeeze(-1)[:SELF_CHECK_TOKENS]
+        if not len(rows):
+            return
+        few = None if teacher is None else teacher.take(rows)
+        tokens = dense_tokens(
+            _dense(hidden.flatten(0, 1)[rows], head).double().log_softmax(-1),
+            labels.flatten()[rows],
+            self.target,
+            None if few is None else _dense(few.hidden, few.head),
+            *(None if x is None else x.flatten()[rows] for x in (self.reference_log_p_y, self.token_weight)),
+        )
+        expected = self.target.token_loss(self.target.weights(tokens), tokens)
+        got = out.token_loss.flatten()[rows]
+        close = (got - expected).abs() <= 0.05 * expected.abs() + 0.05
+        # a threshold (profit, psft, prift) may fall on either side in half precision, for a few tokens
+        if close.float().mean() < 0.9:
+            raise RuntimeError(
+                f"The fused loss differs from its specification on this model: {got.mean():.4f} against "
+                f"{expected.mean():.4f} nats a token. Please report it with the model's name; "
+                "qtarget_self_check=False trains on regardless."
+            )
+
+
+def _dense(hidden: Tensor, head: Head) -> Tensor:
+    logits = torch.nn.functional.linear(hidden.to(head.weight.dtype), head.weight, head.bias).float() * head.scale
+    return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)

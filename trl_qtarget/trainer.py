@@ -1,0 +1,323 @@
+"""`TargetSFTTrainer`: TRL's `SFTTrainer` with the loss of a target distribution."""
+
+from __future__ import annotations
+
+import copy
+import textwrap
+import warnings
+from typing import Any
+
+import torch
+from accelerate.utils import is_peft_model
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedModel, Trainer, TrainingArguments
+from trl import SFTConfig, SFTTrainer
+
+from . import compat
+from .config import TargetSFTConfig
+from .data import TOKEN_COLUMNS, TokenColumnCollator, trajectories
+from .head import SUMS, ScoredOutput, Scorer, install, read_teacher
+from .target import Target
+from .teachers.base import ProjectedLogits
+from .teachers.models import AdaptersOff, FrozenModel, Snapshot, load
+from .teachers.vocab import common_columns
+
+
+METRICS = {"nll": "nll", **{f"qtarget/{name}": name for name in ("trust", "moved", "target_p_y", "grad_mass")}}
+TRL_METRICS = {"entropy": "entropy", "mean_token_accuracy": "top1"}
+
+
+class TargetSFTTrainer(SFTTrainer):
+    """
+    Trainer for supervised fine-tuning towards a target distribution.
+
+    It takes whatever [`~trl.SFTTrainer`] takes, and a teacher. A plain [`~trl.SFTConfig`] trains with its own
+    `loss_type` ("nll" or "dft"), or with "target_sft" where a teacher is given.
+
+    Args:
+        model (`str` or [`~transformers.PreTrainedModel`] or `PeftModel`):
+            The student.
+        args ([`TargetSFTConfig`], *optional*):
+            Configuration. If `None`, the default one, whose loss is "target_sft".
+        teacher_model ([`~transformers.PreTrainedModel`] or `str`, *optional*):
+            The teacher, instead of `args.teacher_model_name_or_path`. Losses that need a reference take it for one;
+            without it their reference is the student before training: its base weights under PEFT, else a frozen copy.
+        kwargs:
+            All other arguments of [`~trl.SFTTrainer`], by keyword.
+
+    Metrics, besides TRL's, in train and eval: `nll`, and means over labelled tokens of what the target does:
+    `qtarget/trust` (gamma), `qtarget/target_p_y` (Q(y)), `qtarget/moved` (1/2 ||Q - p||_1) and `qtarget/grad_mass`
+    (s/2 ||Q - p||_1). The logged `loss` is the published value of the method.
+
+    Raises:
+        ValueError: an option that the loss would not honour, or a teacher that is missing or does not fit; before any
+            data is tokenized where it can be known by then.
+    """
+
+    _tag_names = ["trl", "sft", "target-sft"]  # noqa: RUF012, as in TRL
+    _name = "Target-SFT"
+    _paper = {  # noqa: RUF012
+        "title": "A Unifying Lens on Supervised Fine-Tuning Through Target Distribution Design",
+        "id": "2606.11189",
+        "citation": textwrap.dedent("""\
+            @article{xie2026unifying,
+                title  = {{A Unifying Lens on Supervised Fine-Tuning Through Target Distribution Design}},
+                author = {Xie and others},
+                year   = 2026,
+                eprint = {arXiv:2606.11189},
+            }"""),
+    }
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel,
+        args: TargetSFTConfig | SFTConfig | TrainingArguments | None = None,
+        *positional: Any,
+        teacher_model: PreTrainedModel | str | None = None,
+        **kwargs: Any,
+    ):
+        args = _as_target_config(args, model, teacher_model)
+        self.target = args.target()
+        teacher_model = teacher_model or args.teacher_model_name_or_path
+        _refuse(args, self.target, teacher_model, kwargs)
+        reference = self._copy_of_initial(model, args, teacher_model, kwargs.get("peft_config"))
+        super().__init__(model, args, *positional, **kwargs)
+        compat.check_trainer(self)
+        if not self._is_vision_dataset:
+            self.data_collator = TokenColumnCollator(self.data_collator)
+        install(self._base_model)
+        self.target = self.target.trusting(args.trust_floor, self._trusted_ids())
+        self._columns: int | None = None
+        self._teacher = self._make_teacher(teacher_model, reference)
+        self._snapshot = Snapshot(self.model, self.target.snapshot_every) if "snapshot" in self.target.needs else None
+        self._checked = not args.qtarget_self_check
+        self._sums: dict[str, list[Tensor]] = {"train": [], "eval": []}
+
+    @property
+    def _base_model(self) -> PreTrainedModel:
+        return self.model.get_base_model() if is_peft_model(self.model) else self.model
+
+    # Teachers
+
+    def _needs_model(self) -> bool:
+        return self.target.needs_teacher_logits or "reference_log_p_y" in self.target.needs
+
+    def _copy_of_initial(self, model: Any, args: TargetSFTConfig, teacher: Any, peft_config: Any) -> Any:
+        """A frozen copy of the student for losses that need a reference, unless something else can serve as one."""
+        if not self._needs_model() or "teacher" in self.target.needs or teacher is not None:
+            return None
+        if peft_config is not None or (not isinstance(model, str) and is_peft_model(model)):
+            return None
+        if isinstance(model, str):
+            return load(model, args, **{"dtype": "float32", **(args.model_init_kwargs or {})})
+        return copy.deepcopy(model)
+
+    def _make_teacher(self, teacher: PreTrainedModel | str | None, reference: PreTrainedModel | None) -> Any:
+        if not self._needs_model():
+            return None
+        if teacher is None and reference is None:
+            return AdaptersOff(self.model)
+        if reference is not None:
+            return FrozenModel(reference, self.accelerator)
+        if isinstance(teacher, str):
+            init_kwargs = dict(self.args.teacher_model_init_kwargs or {})
+            if self.args.teacher_model_revision is not None:
+                init_kwargs["revision"] = self.args.teacher_model_revision
+            teacher = load(teacher, self.args, **init_kwargs)
+        self._columns = self._compare_vocabularies(teacher)
+        return FrozenModel(teacher, self.accelerator)
+
+    def _compare_vocabularies(self, teacher: PreTrainedModel) -> int | None:
+        sizes = [len(m.get_output_embeddings().weight) for m in (self._base_model, teacher)]
+        name = teacher.config._name_or_path
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(
+                name, revision=self.args.teacher_model_revision, trust_remote_code=self.args.trust_remote_code
+            )
+        except (OSError, ValueError):
+            warnings.warn(
+                f"No tokenizer found with the teacher ({name!r}): its token ids are not checked.", stacklevel=3
+            )
+            return None if sizes[0] == sizes[1] else min(len(self._tokenizer), *sizes)
+        return common_columns(self._tokenizer, tokenizer, *sizes)
+
+    def _trusted_ids(self) -> list[int]:
+        ids: set[int] = set()
+        for token in self.args.trust_token_ids or []:
+            if token == "special":
+                ids.update(self._tokenizer.all_special_ids)
+            elif str(token).isdigit():
+                ids.add(int(token))
+            elif token in self._tokenizer.get_vocab():
+                ids.add(self._tokenizer.convert_tokens_to_ids(token))
+            else:
+                raise ValueError(
+                    f"trust_token_ids: {token!r} is no token of this tokenizer. Give ids, tokens or 'special'."
+                )
+        return sorted(ids)
+
+    # Data
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        self._signature_columns = list(dict.fromkeys([*self._signature_columns, *TOKEN_COLUMNS]))
+
+    # Loss
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Sum of the loss over labelled tokens, over the number of them in the whole optimizer step."""
+        mode = "train" if self.model.training else "eval"
+        inputs = {**inputs, "use_cache": False}
+        columns = {name: inputs.pop(name) for name in TOKEN_COLUMNS if name in inputs}
+        if self.aux_loss_enabled:
+            inputs["output_router_logits"] = True
+        plain = {name: value for name, value in inputs.items() if name != "labels"}
+        scorer = self._scorer(inputs, plain, columns, mode)
+        if compat.sequence_parallel_size(self.accelerator.parallelism_config) > 1 and mode == "train":
+            # the ranks of a group hold parts of one sequence: Trainer itself reduces the model's own mean loss
+            loss, out = Trainer.compute_loss(self, model, {**inputs, "qtarget": scorer}, return_outputs=True)
+        else:
+            out = model(**inputs, qtarget=scorer)
+            loss = self._reduced(out, num_items_in_batch) if scorer.called else None
+        if not scorer.called:
+            raise RuntimeError(
+                "The loss head of trl_qtarget was not used: something has replaced the model's forward since the "
+                "trainer was made, and this loss would silently not be trained."
+            )
+        self._checked = True
+        self._collect(out, inputs, mode)
+        if not return_outputs:
+            return loss
+        with torch.no_grad():
+            return loss, model(**plain)
+
+    def _scorer(self, inputs: dict, plain: dict, columns: dict[str, Tensor], mode: str) -> Scorer:
+        """The loss of this batch: what the teacher sees of it, and what is known of its tokens."""
+        scorer = Scorer(self.target, self.args.qtarget_backend, self.args.qtarget_chunk_size, self._columns)
+        scorer.check = not self._checked
+        scorer.token_weight = _shifted(columns["token_weight"]) if "token_weight" in columns else None
+        if "token_weight" in self.target.needs and scorer.token_weight is None:
+            raise ValueError(
+                f"Loss {self.args.loss!r} reads a token_weight column, with one number for each of input_ids: add it to "
+                "the tokenized dataset."
+            )
+        if self.target.whole_batch:
+            scorer.trajectory = trajectories(inputs)
+        if self._snapshot is not None:
+            if mode == "train":
+                self._snapshot.renew(self.state.global_step)
+            if self._snapshot.weights:
+                scorer.reference_log_p_y = self._log_p_y(self._snapshot.read(plain), inputs["labels"])
+            else:  # evaluated before the first update: the model of then is the model of now
+                scorer.reference_log_p_y = self._log_p_y(
+                    read_teacher(model=self.model, inputs=plain), inputs["labels"]
+                )
+        elif self.target.needs_teacher_logits:
+            scorer.teacher = self._teacher.read(plain)
+        elif self._teacher is not None:
+            scorer.reference_log_p_y = self._log_p_y(self._teacher.read(plain), inputs["labels"])
+        return scorer
+
+    def _log_p_y(self, other: ProjectedLogits, labels: Tensor) -> Tensor:  # (B, T)
+        """log-probability of each label under another model."""
+        with torch.no_grad():
+            reader = Scorer(Target(), self.args.qtarget_backend, self.args.qtarget_chunk_size)
+            return reader.log_p_y(other, _shifted(labels, fill=-100))
+
+    def _reduced(self, out: ScoredOutput, num_items_in_batch: Tensor | int | None) -> Tensor:
+        """As SFTTrainer reduces: over all tokens of the step, undoing the mean that DDP takes over ranks."""
+        tokens = out.sums[0] if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
+        loss = out.total / tokens.to(out.total.device).clamp(min=1)
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            loss = loss * (self.accelerator.num_processes // compat.tensor_parallel_size(self))
+        if self.aux_loss_enabled:
+            # a mean of its own for each micro-batch, where the loss above is a share of the whole step's
+            steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
+            loss = loss + self.router_aux_loss_coef * out.aux_loss / steps
+        return loss
+
+    # Metrics
+
+    def _collect(self, out: ScoredOutput, inputs: dict[str, Any], mode: str) -> None:
+        """Add up over ranks what this batch says; nothing waits for the device before it is logged."""
+        seen = inputs["attention_mask"].sum() if "attention_mask" in inputs else inputs["position_ids"].shape[-1]
+        aux = out.aux_loss.detach() if self.aux_loss_enabled else 0.0
+        extra = torch.stack([torch.as_tensor(x, dtype=torch.float32, device=out.sums.device) for x in (seen, aux)])
+        self._sums[mode].append(self.accelerator.reduce(torch.cat([out.sums.detach(), extra]), reduction="sum"))
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        mode = "train" if self.model.training else "eval"
+        self._fill_metrics(mode)
+        super().log(logs, start_time)
+
+    def _fill_metrics(self, mode: str) -> None:
+        """Turn the sums since the last log into means, where `SFTTrainer.log` will look for them."""
+        if not self._sums[mode]:
+            return
+        table = torch.stack(self._sums[mode]).double().cpu()
+        self._sums[mode].clear()
+        columns = dict(zip((*SUMS, "seen", "aux_loss"), table.unbind(-1), strict=True))
+        metrics, tokens = self._metrics[mode], columns["tokens"]
+        for name, column in METRICS.items():
+            metrics[name] = [(columns[column].sum() / tokens.sum().clamp(min=1)).item()]
+        for name, column in TRL_METRICS.items():  # as TRL has them: the mean over batches of their means
+            metrics[name] = [(columns[column] / tokens.clamp(min=1)).mean().item()]
+        if mode == "train":
+            self._total_train_tokens += int(columns["seen"].sum()) // compat.tensor_parallel_size(self)
+        metrics["num_tokens"] = [self._total_train_tokens]
+        if self.aux_loss_enabled:
+            metrics["aux_loss"] = [columns["aux_loss"].mean().item() / self.accelerator.num_processes]
+
+
+def _shifted(x: Tensor, fill: float = 0) -> Tensor:  # (B, T)
+    """Each position gets the value of the token that comes next."""
+    return torch.nn.functional.pad(x[:, 1:], (0, 1), value=fill)
+
+
+def _as_target_config(args: Any, model: Any, teacher: Any) -> TargetSFTConfig:
+    if isinstance(args, TargetSFTConfig):
+        return args
+    if args is None:
+        name = model if isinstance(model, str) else model.config._name_or_path
+        return TargetSFTConfig(f"{name.rstrip('/').split('/')[-1]}-TargetSFT")
+    given = {**args.to_dict(), "hub_token": args.hub_token}  # to_dict hides the token
+    published = given.pop("loss_type", "nll")
+    return TargetSFTConfig(**given, loss=published if teacher is None else "target_sft")
+
+
+def _refuse(args: TargetSFTConfig, target: Target, teacher: Any, kwargs: dict[str, Any]) -> None:
+    """What would be ignored in silence, or cannot be right; said before any data is tokenized."""
+    loss = args.loss
+    if "teacher" in target.needs and teacher is None:
+        raise ValueError(f"Loss {loss!r} needs a teacher: pass --teacher_model_name_or_path, or teacher_model=.")
+    takes_model = target.needs_teacher_logits or "reference_log_p_y" in target.needs
+    if teacher is not None and not takes_model:
+        warnings.warn(f"Loss {loss!r} takes no teacher: the one given is not used.", stacklevel=3)
+    if kwargs.get("compute_loss_func") is not None:
+        raise ValueError(
+            "compute_loss_func would replace the loss. Write yours as a preset and pass --loss my_module:my_loss."
+        )
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"{args.n_gpu} GPUs are visible to one process, and nn.DataParallel would score every part of a batch on the "
+            "first model. Launch with accelerate or torchrun, or set CUDA_VISIBLE_DEVICES to one GPU."
+        )
+    targets = getattr(kwargs.get("peft_config"), "target_modules", None) or ()
+    if "lm_head" in ({targets} if isinstance(targets, str) else targets):
+        raise ValueError(
+            "An adapter on lm_head would never be trained, since the loss multiplies by the head's own weight: remove "
+            "it from target_modules, or put lm_head into modules_to_save."
+        )
+    if compat.sequence_parallel_size(getattr(args, "parallelism_config", None)) > 1 and (
+        takes_model or "snapshot" in target.needs or target.whole_batch
+    ):
+        raise ValueError(
+            f"Loss {loss!r} cannot be trained with sequence parallelism: a second model would attend within each rank's "
+            "part of the sequence only. Use a loss without teacher or reference, or sp_size=1."
+        )
