@@ -1,4 +1,4 @@
-"""Every private name of TRL, transformers and accelerate that the package leans on, and the versions it was tried with.
+"""Every private name of TRL and accelerate that the package leans on, and the range it was tried with.
 
 A release that moves one of them is caught when a trainer is made, by name, and not in the numbers of a run.
 """

@@ -58,7 +58,7 @@ class TargetSFTConfig(SFTConfig):
             and stops on a difference.
     """
 
-    _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "loss_kwargs", "teacher_model_init_kwargs"]
+    _VALID_DICT_FIELDS = SFTConfig._VALID_DICT_FIELDS + ["loss_kwargs", "teacher_model_init_kwargs"]  # noqa: RUF005
 
     loss: str = field(
         default="target_sft",
@@ -105,9 +105,9 @@ class TargetSFTConfig(SFTConfig):
     )
 
     def __post_init__(self):
-        super().__post_init__()
         for name in ("loss_kwargs", "teacher_model_init_kwargs"):
             setattr(self, name, _mapping(name, getattr(self, name)))
+        super().__post_init__()
         self.target()
         self._check_what_would_be_ignored()
         if not 0 <= self.trust_floor <= 1:
@@ -143,6 +143,19 @@ class TargetSFTConfig(SFTConfig):
                 "use_liger_kernel replaces parts of the model's forward that carry the loss: leave it unset. For "
                 "Liger's layer kernels pass --model_init_kwargs '{\"use_kernels\": true}'."
             )
+
+
+def as_target_config(args: Any, model: Any, teacher: Any) -> TargetSFTConfig:
+    """The configuration that `args` amounts to: ours as it is, nothing, or a plain one with its own `loss_type`."""
+    if isinstance(args, TargetSFTConfig):
+        return args
+    if args is None:
+        name = model if isinstance(model, str) else model.config._name_or_path
+        return TargetSFTConfig(f"{name.rstrip('/').split('/')[-1]}-TargetSFT")
+    given = args.to_dict()
+    given |= {name: getattr(args, name) for name in given if name.endswith("_token")}  # which to_dict masks
+    published = given.pop("loss_type", "nll")
+    return TargetSFTConfig(**given, loss=published if teacher is None else "target_sft")
 
 
 def _mapping(name: str, value: Any) -> dict[str, Any] | None:

@@ -1,4 +1,4 @@
-"""Batches with numbers beside their tokens: a collator that carries per-token columns, and who is in which trajectory."""
+"""Numbers beside tokens: a collator that carries per-token columns, and which trajectory a token is part of."""
 
 from __future__ import annotations
 

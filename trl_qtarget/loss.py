@@ -151,9 +151,9 @@ def _check(hidden: Tensor, head: Head, job: Job) -> None:
         raise ValueError(f"hidden is {hidden.shape[-1]} wide, weight is {head.weight.shape[-1]}: they must agree.")
     if job.target.needs_teacher_logits and job.teacher is None:
         raise ValueError(f"This target needs {' and '.join(sorted(needs))} logits: pass teacher=ProjectedLogits(...).")
-    if needs & {"reference_log_p_y", "snapshot"} and job.reference_log_p_y is None:
-        if job.teacher is None or job.target.whole_batch:
-            raise ValueError("This target needs the label's log-probability elsewhere: pass reference_log_p_y.")
+    must_be_given = job.teacher is None or job.target.whole_batch
+    if needs & {"reference_log_p_y", "snapshot"} and job.reference_log_p_y is None and must_be_given:
+        raise ValueError("This target needs the label's log-probability elsewhere: pass reference_log_p_y.")
     if "token_weight" in needs and job.token_weight is None:
         raise ValueError("This target reads token_weight: pass one weight for each token.")
     residual = job.target.residual

@@ -181,7 +181,7 @@ def induced_target(
     size = gradient.abs().sum(-1)
     if (gradient.sum(-1).abs() > 1e-6 * size.clamp(min=1e-6)).any():
         raise ValueError(
-            "The loss changes when a constant is added to all logits of a token, so it implies no target distribution: "
+            "The loss changes when a constant is added to all logits of a token, so it implies no target: "
             "compute it from log-probabilities, for instance logits.log_softmax(-1)."
         )
     p = z.detach().softmax(-1)

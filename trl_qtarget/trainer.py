@@ -14,7 +14,8 @@ from transformers import AutoTokenizer, PreTrainedModel, Trainer, TrainingArgume
 from trl import SFTConfig, SFTTrainer
 
 from . import compat
-from .config import TargetSFTConfig
+from .checks import refuse
+from .config import TargetSFTConfig, as_target_config
 from .data import TOKEN_COLUMNS, TokenColumnCollator, trajectories
 from .head import SUMS, ScoredOutput, Scorer, install, read_teacher
 from .target import Target
@@ -76,10 +77,10 @@ class TargetSFTTrainer(SFTTrainer):
         teacher_model: PreTrainedModel | str | None = None,
         **kwargs: Any,
     ):
-        args = _as_target_config(args, model, teacher_model)
+        args = as_target_config(args, model, teacher_model)
         self.target = args.target()
         teacher_model = teacher_model or args.teacher_model_name_or_path
-        _refuse(args, self.target, teacher_model, kwargs)
+        refuse(args, self.target, teacher_model, kwargs)
         reference = self._copy_of_initial(model, args, teacher_model, kwargs.get("peft_config"))
         super().__init__(model, args, *positional, **kwargs)
         compat.check_trainer(self)
@@ -130,15 +131,16 @@ class TargetSFTTrainer(SFTTrainer):
     def _compare_vocabularies(self, teacher: PreTrainedModel) -> int | None:
         sizes = [len(m.get_output_embeddings().weight) for m in (self._base_model, teacher)]
         name = teacher.config._name_or_path
+        padded = None if sizes[0] == sizes[1] else min(len(self._tokenizer), *sizes)
+        if not name:  # a model made in memory comes with no tokenizer to compare
+            return padded
         try:
             tokenizer = AutoTokenizer.from_pretrained(
                 name, revision=self.args.teacher_model_revision, trust_remote_code=self.args.trust_remote_code
             )
         except (OSError, ValueError):
-            warnings.warn(
-                f"No tokenizer found with the teacher ({name!r}): its token ids are not checked.", stacklevel=3
-            )
-            return None if sizes[0] == sizes[1] else min(len(self._tokenizer), *sizes)
+            warnings.warn(f"No tokenizer beside the teacher ({name!r}): its token ids are not checked.", stacklevel=3)
+            return padded
         return common_columns(self._tokenizer, tokenizer, *sizes)
 
     def _trusted_ids(self) -> list[int]:
@@ -204,7 +206,7 @@ class TargetSFTTrainer(SFTTrainer):
         scorer.token_weight = _shifted(columns["token_weight"]) if "token_weight" in columns else None
         if "token_weight" in self.target.needs and scorer.token_weight is None:
             raise ValueError(
-                f"Loss {self.args.loss!r} reads a token_weight column, with one number for each of input_ids: add it to "
+                f"Loss {self.args.loss!r} reads a token_weight column, one number for each of input_ids: add it to "
                 "the tokenized dataset."
             )
         if self.target.whole_batch:
@@ -278,46 +280,3 @@ class TargetSFTTrainer(SFTTrainer):
 def _shifted(x: Tensor, fill: float = 0) -> Tensor:  # (B, T)
     """Each position gets the value of the token that comes next."""
     return torch.nn.functional.pad(x[:, 1:], (0, 1), value=fill)
-
-
-def _as_target_config(args: Any, model: Any, teacher: Any) -> TargetSFTConfig:
-    if isinstance(args, TargetSFTConfig):
-        return args
-    if args is None:
-        name = model if isinstance(model, str) else model.config._name_or_path
-        return TargetSFTConfig(f"{name.rstrip('/').split('/')[-1]}-TargetSFT")
-    given = {**args.to_dict(), "hub_token": args.hub_token}  # to_dict hides the token
-    published = given.pop("loss_type", "nll")
-    return TargetSFTConfig(**given, loss=published if teacher is None else "target_sft")
-
-
-def _refuse(args: TargetSFTConfig, target: Target, teacher: Any, kwargs: dict[str, Any]) -> None:
-    """What would be ignored in silence, or cannot be right; said before any data is tokenized."""
-    loss = args.loss
-    if "teacher" in target.needs and teacher is None:
-        raise ValueError(f"Loss {loss!r} needs a teacher: pass --teacher_model_name_or_path, or teacher_model=.")
-    takes_model = target.needs_teacher_logits or "reference_log_p_y" in target.needs
-    if teacher is not None and not takes_model:
-        warnings.warn(f"Loss {loss!r} takes no teacher: the one given is not used.", stacklevel=3)
-    if kwargs.get("compute_loss_func") is not None:
-        raise ValueError(
-            "compute_loss_func would replace the loss. Write yours as a preset and pass --loss my_module:my_loss."
-        )
-    if args.n_gpu > 1:
-        raise ValueError(
-            f"{args.n_gpu} GPUs are visible to one process, and nn.DataParallel would score every part of a batch on the "
-            "first model. Launch with accelerate or torchrun, or set CUDA_VISIBLE_DEVICES to one GPU."
-        )
-    targets = getattr(kwargs.get("peft_config"), "target_modules", None) or ()
-    if "lm_head" in ({targets} if isinstance(targets, str) else targets):
-        raise ValueError(
-            "An adapter on lm_head would never be trained, since the loss multiplies by the head's own weight: remove "
-            "it from target_modules, or put lm_head into modules_to_save."
-        )
-    if compat.sequence_parallel_size(getattr(args, "parallelism_config", None)) > 1 and (
-        takes_model or "snapshot" in target.needs or target.whole_batch
-    ):
-        raise ValueError(
-            f"Loss {loss!r} cannot be trained with sequence parallelism: a second model would attend within each rank's "
-            "part of the sequence only. Use a loss without teacher or reference, or sp_size=1."
-        )

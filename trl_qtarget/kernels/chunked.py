@@ -163,7 +163,7 @@ class Job:
 
 
 def rows_per_tile(N: int, columns: int, dtype: torch.dtype, device_type: str) -> int:
-    """Rows of a tile from a budget of bytes, a multiple of 128 and evenly shared, so that the last tile is no stump."""
+    """Rows of a tile from a budget of bytes, a multiple of 128, evenly shared so that the last tile is no stump."""
     budget = TILE_BYTES.get(device_type, TILE_BYTES_ACCELERATOR)
     most = max(budget // (columns * dtype.itemsize) // ROW_MULTIPLE, 1) * ROW_MULTIPLE
     tiles = max(-(-N // most), 1)

@@ -1,0 +1,42 @@
+"""What a trainer refuses before it touches any data: options that would be ignored, or that cannot be right."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+from . import compat
+from .config import TargetSFTConfig
+from .target import Target
+
+
+def refuse(args: TargetSFTConfig, target: Target, teacher: Any, kwargs: dict[str, Any]) -> None:
+    """What would be ignored in silence, or cannot be right; said before any data is tokenized."""
+    loss = args.loss
+    if "teacher" in target.needs and teacher is None:
+        raise ValueError(f"Loss {loss!r} needs a teacher: pass --teacher_model_name_or_path, or teacher_model=.")
+    takes_model = target.needs_teacher_logits or "reference_log_p_y" in target.needs
+    if teacher is not None and not takes_model:
+        warnings.warn(f"Loss {loss!r} takes no teacher: the one given is not used.", stacklevel=3)
+    if kwargs.get("compute_loss_func") is not None:
+        raise ValueError(
+            "compute_loss_func would replace the loss. Write yours as a preset and pass --loss my_module:my_loss."
+        )
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"{args.n_gpu} GPUs are visible to one process, and nn.DataParallel would score all parts of a batch "
+            "with the first model. Launch with accelerate or torchrun, or set CUDA_VISIBLE_DEVICES to one GPU."
+        )
+    targets = getattr(kwargs.get("peft_config"), "target_modules", None) or ()
+    if "lm_head" in ({targets} if isinstance(targets, str) else targets):
+        raise ValueError(
+            "An adapter on lm_head would never be trained, since the loss multiplies by the head's own weight: remove "
+            "it from target_modules, or put lm_head into modules_to_save."
+        )
+    if compat.sequence_parallel_size(getattr(args, "parallelism_config", None)) > 1 and (
+        takes_model or "snapshot" in target.needs or target.whole_batch
+    ):
+        raise ValueError(
+            f"Loss {loss!r} cannot be trained with sequence parallelism: a second model would attend within each "
+            "rank's part of the sequence only. Use a loss without teacher or reference, or sp_size=1."
+        )
