@@ -127,7 +127,7 @@ def make_model(vocab_size: int = VOCAB, hidden: int = 32, layers: int = 2, tie: 
 
 @pytest.fixture(scope="session")
 def tiny_model() -> Callable:
-    """`tiny_model(vocab_size=640, hidden=32, layers=2, tie=True, seed=0, **config)`: a fresh fp32 model, on the CPU."""
+    """`tiny_model(vocab_size=640, hidden=32, layers=2, tie=True, seed=0, **config)`: a fresh fp32 model on the CPU."""
     return make_model
 
 

@@ -335,9 +335,9 @@ def test_no_logits_of_the_whole_batch_are_ever_allocated(name):
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"target": build("target_sft")}, "needs teacher logits"),
+        ({"target": build("target_sft")}, "needs teacher logits, and no teacher"),
         ({"target": build("asft")}, "needs reference logits"),
-        ({"target": build("iw_sft")}, "pass reference_log_p_y"),
+        ({"target": build("iw_sft")}, "under another model"),
         ({"target": build("critical_token")}, "token_weight"),
         ({"labels": torch.zeros(3, dtype=torch.long)}, "labels has 3 rows, hidden has 13"),
         ({"weight": torch.zeros(67, 9)}, "hidden is 8 wide, weight is 9"),

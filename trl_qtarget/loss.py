@@ -136,7 +136,7 @@ def _spread(x: Tensor, keep: Tensor, shape: torch.Size) -> Tensor:
 
 
 def _check(hidden: Tensor, head: Head, job: Job) -> None:
-    N, needs = len(hidden), set(job.target.needs)
+    N = len(hidden)
     named = {
         "labels": job.labels,
         "teacher": job.teacher,
@@ -149,13 +149,11 @@ def _check(hidden: Tensor, head: Head, job: Job) -> None:
             raise ValueError(f"{name} has {len(x)} rows, hidden has {N}: there must be one for each token.")
     if hidden.shape[-1] != head.weight.shape[-1]:
         raise ValueError(f"hidden is {hidden.shape[-1]} wide, weight is {head.weight.shape[-1]}: they must agree.")
-    if job.target.needs_teacher_logits and job.teacher is None:
-        raise ValueError(f"This target needs {' and '.join(sorted(needs))} logits: pass teacher=ProjectedLogits(...).")
-    must_be_given = job.teacher is None or job.target.whole_batch
-    if needs & {"reference_log_p_y", "snapshot"} and job.reference_log_p_y is None and must_be_given:
-        raise ValueError("This target needs the label's log-probability elsewhere: pass reference_log_p_y.")
-    if "token_weight" in needs and job.token_weight is None:
-        raise ValueError("This target reads token_weight: pass one weight for each token.")
+    job.target.require(
+        teacher=job.teacher is not None,
+        reference_log_p_y=job.reference_log_p_y is not None,
+        token_weight=job.token_weight is not None,
+    )
     residual = job.target.residual
     if (
         isinstance(job.teacher, TopKLogits)

@@ -18,7 +18,19 @@ from __future__ import annotations
 
 from typing import Literal
 
-from .registry import PRESETS, AnyReal, Count, NonNegative, Positive, PositiveShare, Preset, Share, build, preset
+from .registry import (
+    PRESETS,
+    AnyReal,
+    Count,
+    NonNegative,
+    Positive,
+    PositiveShare,
+    Preset,
+    Several,
+    Share,
+    build,
+    preset,
+)
 from .target import TEACHER, UNIFORM, Residual, Target
 
 
@@ -66,7 +78,7 @@ def profit(tau: PositiveShare = 0.1) -> Target:
 
 
 @preset("eaft", paper="2601.02151")
-def eaft(alpha: NonNegative = 1.0, k: Count = 20) -> Target:
+def eaft(alpha: NonNegative = 1.0, k: Several = 20) -> Target:
     """Entropy-adaptive fine-tuning: trust labels where the model is uncertain, spare it where it is sure.
 
     gamma = (H_k / log k)^alpha    pi~ = pi    s = 1    (eq. 2 and 3; H_k: entropy of the renormalised top k)

@@ -104,6 +104,11 @@ def reference_loss(
     `s * CE(stopgrad[Q], p)` always. A teacher with other columns than the student is compared over the common first
     ones, renormalised.
     """
+    target.require(
+        teacher=teacher_logits is not None,
+        reference_log_p_y=reference_log_p_y is not None,
+        token_weight=token_weight is not None,
+    )
     keep = labels != IGNORE
     extras = (None if x is None else x[keep] for x in (teacher_logits, reference_log_p_y, token_weight, trajectory))
     log_p = logits[keep].double().log_softmax(-1)
@@ -178,6 +183,8 @@ def induced_target(
     """
     z = logits.detach().double().requires_grad_()
     (gradient,) = torch.autograd.grad(loss_fn(z, labels).sum(), z)
+    if not gradient.isfinite().all():
+        raise ValueError("The gradient of the loss is not finite, so it implies no target distribution.")
     size = gradient.abs().sum(-1)
     if (gradient.sum(-1).abs() > 1e-6 * size.clamp(min=1e-6)).any():
         raise ValueError(

@@ -36,6 +36,7 @@ Positive = Annotated[float, Range("0 < {} < inf", lambda x: 0 < x < math.inf)]
 Share = Annotated[float, Range("0 <= {} <= 1", lambda x: 0 <= x <= 1)]
 PositiveShare = Annotated[float, Range("0 < {} <= 1", lambda x: 0 < x <= 1)]
 Count = Annotated[int, Range("a whole {} >= 1", lambda x: x >= 1)]
+Several = Annotated[int, Range("a whole {} >= 2", lambda x: x >= 2)]
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,16 @@ class Preset:
 
     @property
     def needs(self) -> tuple[str, ...]:
-        return self.build().needs
+        """What the loss needs at its default arguments."""
+        return self.build().needs if inspect.Parameter.empty not in self.defaults.values() else ()
+
+    @property
+    def hints(self) -> dict[str, Any]:
+        """Types of the arguments; none where a user's module holds what only its type checker can resolve."""
+        try:
+            return get_type_hints(self.make, include_extras=True)
+        except NameError:
+            return {}
 
     def build(self, **kwargs: Any) -> Target:
         """The target, from checked arguments.
@@ -73,13 +83,16 @@ class Preset:
         if unknown:
             takes = ", ".join(self.defaults) or "no arguments"
             raise ValueError(f"Loss {self.name!r} takes {takes}, not {', '.join(unknown)}.")
-        hints = get_type_hints(self.make, include_extras=True)
-        target = self.make(**{name: self._checked(name, value, hints.get(name)) for name, value in kwargs.items()})
+        absent = [n for n, default in self.defaults.items() if default is inspect.Parameter.empty and n not in kwargs]
+        if absent:
+            raise ValueError(f"Loss {self.name!r} needs a value for {', '.join(absent)}: pass it in loss_kwargs.")
+        target = self.make(**{name: self._checked(name, value) for name, value in kwargs.items()})
         if not isinstance(target, Target):
             raise ValueError(f"Loss {self.name!r} must return a Target, it returned {type(target).__name__}.")
         return target
 
-    def _checked(self, name: str, value: Any, hint: Any) -> Any:
+    def _checked(self, name: str, value: Any) -> Any:
+        hint = self.hints.get(name)
         if get_origin(hint) is Literal and value not in get_args(hint):
             accepted = " or ".join(repr(choice) for choice in get_args(hint))
             raise ValueError(f"Loss {self.name!r} needs {name} to be {accepted}, got {value!r}.")
@@ -89,7 +102,7 @@ class Preset:
         try:
             # YAML reads 1e-3 as a string; a bool is a number to Python alone
             converted = None if isinstance(value, bool) else number(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             converted = None
         if converted is None or (number is int and converted != float(value)) or not accepted.holds(converted):
             raise ValueError(f"Loss {self.name!r} needs {accepted.text.format(name)}, got {value!r}.")
@@ -130,7 +143,7 @@ def find(loss: str) -> Preset:
         return PRESETS[loss]
     if ":" in loss or loss.endswith(".py"):
         return _find_in_module(loss)
-    guess = difflib.get_close_matches(loss, PRESETS, n=1)
+    guess = difflib.get_close_matches(loss.lower(), PRESETS, n=1)
     hint = f" Did you mean {guess[0]!r}?" if guess else ""
     raise ValueError(
         f"Unknown loss {loss!r}.{hint} Known losses: {', '.join(sorted(PRESETS))}; "
@@ -148,7 +161,7 @@ def build(loss: str, /, **kwargs: Any) -> Target:
 
 
 def _find_in_module(loss: str) -> Preset:
-    source, _, name = loss.partition(":")
+    source, _, name = (loss, "", "") if loss.endswith(".py") else loss.rpartition(":")
     before = set(PRESETS)
     module = _load_file(source) if source.endswith(".py") else _import(source, loss)
     own = [p for p in PRESETS.values() if p.make.__module__ == module.__name__]
@@ -174,8 +187,8 @@ def _import(source: str, loss: str) -> Any:
         sys.path.insert(0, os.getcwd())
     try:
         return importlib.import_module(source)
-    except ModuleNotFoundError as error:
-        if error.name and not source.startswith(error.name):
+    except (ModuleNotFoundError, TypeError, ValueError) as error:
+        if isinstance(error, ModuleNotFoundError) and error.name and not source.startswith(error.name):
             raise  # their module exists, something it imports does not
         raise ValueError(
             f"Unknown loss {loss!r}: there is no module {source!r} here or on the Python path. "

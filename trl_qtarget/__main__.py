@@ -1,0 +1,7 @@
+"""`python -m trl_qtarget` is `trl-qtarget`."""
+
+from .cli import main
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

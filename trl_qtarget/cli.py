@@ -1,0 +1,164 @@
+"""The `trl-qtarget` command: `trl` with its `sft` replaced, and a few commands of our own.
+
+Nothing here imports torch, so that help and the table of losses are there at once.
+"""
+
+import argparse
+import inspect
+import json
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
+
+from . import __version__
+
+
+PROG = "trl-qtarget"
+NEEDS = {
+    "teacher": "a teacher: --teacher_model_name_or_path",
+    "reference": "the model before training, which is kept for it",
+    "reference_log_p_y": "the model before training, which is kept for it",
+    "snapshot": "the model of some updates ago, which is kept for it",
+    "token_weight": "a `token_weight` column in the data",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line, and return its exit code."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    command = argv[0] if argv else None
+    if command in COMMANDS:
+        return COMMANDS[command](argv[1:])
+    others = _commands_of_trl()
+    if command is not None and (command in others or (not others and not command.startswith("-"))):
+        return _run_trl(argv)
+    parser = argparse.ArgumentParser(prog=PROG, allow_abbrev=False)
+    parser.add_argument("--version", action="store_true", help="show the versions that matter and exit")
+    subparsers = parser.add_subparsers(help="available commands", dest="command", metavar="command")
+    helps = {name: inspect.getdoc(run) for name, run in COMMANDS.items()} | others
+    for name, text in helps.items():
+        subparsers.add_parser(name, help=text)
+    print(_versions() if parser.parse_args(argv).version else parser.format_help())
+    return 0
+
+
+def sft(argv: list[str]) -> int:
+    """Run the SFT training script, with --loss and a teacher"""
+    from .scripts import launching, settings
+    from .scripts import sft as script
+    from .scripts.parsing import fail
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the script itself will say them
+        parsed = script.make_parser(prog=f"{PROG} sft").parse(argv)
+    if parsed.options.print_config:
+        settings.show(parsed, script.loss_settings(parsed))
+        return 0
+    found = script.mistakes(*parsed.values)
+    if found:
+        fail(f"{PROG} sft", *found)
+    return launching.launch(script.__name__, parsed.own, parsed.launch, f"{PROG} sft")
+
+
+def evaluate(argv: list[str]) -> int:
+    """Average@k of one or more models on problems with known answers"""
+    from .scripts import eval as script
+
+    script.main(*script.make_parser(prog=f"{PROG} eval").parse_args_and_config(argv))
+    return 0
+
+
+def losses(argv: list[str]) -> int:
+    """List the losses, or describe one of them"""
+    from .presets import PRESETS
+    from .registry import find
+
+    parser = argparse.ArgumentParser(prog=f"{PROG} losses", description=inspect.getdoc(losses))
+    parser.add_argument("name", nargs="?", help="a loss of the list, or yours as my_module:my_loss or file.py:my_loss")
+    name = parser.parse_args(argv).name
+    try:
+        _print(_table(PRESETS) if name is None else _description(name, find(name)))
+    except ValueError as mistake:
+        print(f"{PROG} losses: {mistake}", file=sys.stderr)
+        return 2
+    return 0
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {"sft": sft, "losses": losses, "eval": evaluate}
+
+
+def _commands_of_trl() -> dict[str, str]:
+    """TRL's other commands and their help. Its list is private: without it, any command is handed over unseen."""
+    try:
+        from trl.cli.commands import get_commands
+
+        return {command.name: command.help_text for command in get_commands() if command.name not in COMMANDS}
+    except (ImportError, AttributeError):
+        return {}
+
+
+def _run_trl(argv: list[str]) -> int:
+    try:
+        from trl.cli import main as trl
+    except ImportError:
+        return subprocess.call(["trl", *argv])
+    return trl(argv)
+
+
+def _versions() -> str:
+    def installed(package: str) -> str:
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            return "not installed"
+
+    packages = ("trl", "transformers", "torch", "accelerate", "datasets", "peft", "deepspeed", "triton")
+    python = ".".join(map(str, sys.version_info[:3]))
+    lines = [f"{PROG} {__version__}", f"python {python}", *(f"{package} {installed(package)}" for package in packages)]
+    return "\n".join(lines)
+
+
+def _print(what: Any) -> None:
+    from rich.console import Console
+
+    # to a file or a pipe each loss is one line, for grep
+    Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else 250).print(what)
+
+
+def _table(presets: dict) -> Any:
+    from rich.table import Table
+
+    table = Table("loss", "formula", "needs", "paper", box=None, pad_edge=False)
+    for name, preset in presets.items():
+        table.add_row(name, " ".join(preset.formula.splitlines()), ", ".join(preset.needs), preset.paper)
+    return table
+
+
+def _description(name: str, preset: Any) -> str:
+    hints = get_type_hints(preset.make, include_extras=True)
+    arguments = [f"{key} = {value!r}    ({_range(key, hints.get(key))})" for key, value in preset.defaults.items()]
+    rest = inspect.cleandoc(preset.make.__doc__ or "").split("\n\n")[2:]
+    usage = f"{PROG} sft --loss {name}"
+    yaml = f"loss: {name}"
+    if preset.defaults:
+        usage += f" --loss_kwargs '{json.dumps(preset.defaults)}'"
+        yaml += f"\nloss_kwargs: {json.dumps(preset.defaults)}"
+    parts = {
+        "formula": preset.formula,
+        "arguments": "\n".join(arguments) or "none",
+        "needs": "\n".join(NEEDS.get(need, need) for need in preset.needs) or "nothing beside the data",
+        "paper": "none" if preset.paper == "-" else f"https://huggingface.co/papers/{preset.paper}",
+        "command": usage,
+        "YAML": yaml,
+    }
+    lines = [f"{key:<11}" + text.replace("\n", "\n" + " " * 11) for key, text in parts.items()]
+    return "\n\n".join([f"{name}: {preset.summary}", *rest, *lines])
+
+
+def _range(name: str, hint: Any) -> str:
+    if get_origin(hint) is Annotated:
+        return get_args(hint)[1].text.format(name)
+    return " or ".join(map(repr, get_args(hint))) or "any"
