@@ -49,7 +49,7 @@ class TargetSFTConfig(SFTConfig):
         > Parameters that control the computation
 
         qtarget_backend (`str`, *optional*, defaults to `"auto"`):
-            Kernels of the loss: `"auto"` or `"torch"`.
+            Kernels of the loss: `"auto"`, `"triton"` or `"torch"`.
         qtarget_chunk_size (`int`, *optional*):
             Tokens whose logits are in memory at once. If `None`, a budget of bytes decides. Results do not depend on
             it.
@@ -93,7 +93,7 @@ class TargetSFTConfig(SFTConfig):
     )
     qtarget_backend: str = field(
         default="auto",
-        metadata={"help": "Kernels of the loss: `auto` or `torch`."},
+        metadata={"help": "Kernels of the loss: `auto`, `triton` or `torch`."},
     )
     qtarget_chunk_size: int | None = field(
         default=None,

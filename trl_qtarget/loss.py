@@ -65,7 +65,7 @@ def qtarget_loss(
         reference_log_p_y: log pi_ref(y) (iw_sft, prift) or log pi_old(y) (psft); read off `teacher` if that is dense.
         token_weight: multiplies each token's loss; for `critical_token`, its mask.
         chunk_size: tokens per tile; None takes them from a budget of bytes. Results do not depend on it.
-        backend: "auto" or "torch".
+        backend: "auto" (Triton where it drives the device, else torch), "triton" or "torch".
 
     Raises:
         ValueError: shapes that do not fit, an input that the target needs and that is missing, an unknown backend, or

@@ -1,5 +1,15 @@
-"""Which tiles serve a device. `torch_tiles` is the one backend so far; its twins have the same `rows` function."""
+"""Which tiles serve a device: `triton_tiles` where Triton drives it, `torch_tiles` elsewhere. They are twins:
 
+rows(z, labels, residual, teacher, softcap)   statistics of some rows of logits, each (r,)
+    .write_gradient(w_y, w_r)                 the gradient over the logits; its L1 norm (r,) or None
+block_rows(V, dtype, device)                  how many rows to hand over at once
+cap_(z, softcap)                              softcap * tanh(z / softcap), in place
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
 from types import ModuleType
 
 from torch import device as Device
@@ -7,15 +17,24 @@ from torch import device as Device
 from . import torch_tiles
 
 
-BACKENDS = ("auto", "torch")
+BACKENDS = ("auto", "triton", "torch")
 
 
 def tiles_for(backend: str, device: Device) -> ModuleType:
-    """The module whose `rows` and `block_rows` serve tensors on `device`.
+    """The tiles for tensors on `device`.
 
     Raises:
-        ValueError: an unknown backend.
+        ValueError: an unknown backend, or Triton where it cannot run.
     """
     if backend not in BACKENDS:
         raise ValueError(f"Unknown backend {backend!r}: choose one of {', '.join(BACKENDS)}.")
-    return torch_tiles
+    drives = device.type in ("cuda", "xpu") or os.environ.get("TRITON_INTERPRET") == "1"
+    installed = importlib.util.find_spec("triton") is not None
+    if backend == "torch" or (backend == "auto" and not (installed and device.type in ("cuda", "xpu"))):
+        return torch_tiles
+    if not (installed and drives):
+        reason = f"Triton does not drive {device.type} devices" if installed else "triton is not installed"
+        raise ValueError(f"backend='triton' cannot run here: {reason}. Leave it at 'auto', or choose 'torch'.")
+    from . import triton_tiles
+
+    return triton_tiles

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..target import Residual
+from .sparse import SparsePool
 
 
 BLOCK_BYTES = 2**22  # of one block of logits: two or three of them fit one core's share of the last-level cache
@@ -53,6 +54,27 @@ def pick(x: Tensor, ids: Tensor) -> Tensor:  # (r, V), (r,) -> (r,)
     return x.gather(-1, ids[:, None]).squeeze(-1)
 
 
+def evenness(top: Tensor) -> Tensor:  # (r, k) -> (r,)
+    """Entropy of the distribution over these logits, over its maximum log k."""
+    log_p = top.log_softmax(-1)
+    return (-(log_p.exp() * log_p).sum(-1) / math.log(max(top.shape[-1], 2))).clamp(0, 1)
+
+
+def log_prob(logits: Tensor, labels: Tensor) -> Tensor:  # (r, V), (r,) -> (r,)
+    return pick(logits, labels) - logits.logsumexp(-1)
+
+
+def rank_mass(logits: Tensor, labels: Tensor) -> Tensor:  # (r, V), (r,) -> (r,)
+    """Probability of the label and of all tokens ranked below it."""
+    q = logits.softmax(-1)
+    q_y = pick(q, labels)
+    return q.mul_(q < q_y[:, None]).sum(-1) + q_y
+
+
+def no_rank_mass() -> Tensor:
+    raise ValueError("The rank mass of a label under its teacher needs dense teacher logits, not top-K ones.")
+
+
 class StudentRows:
     """Rows whose residual is the student itself: it pulls nowhere, and the gradient is `w_y * (p - delta_y)`."""
 
@@ -84,19 +106,15 @@ class StudentRows:
         return torch.linalg.vecdot(self.e, self.e) / self.sum**2
 
     def top_evenness(self, k: int) -> Tensor:
-        k = min(k, self.z.shape[-1])
-        top = self.z.topk(k).values.log_softmax(-1)
-        return (-(top.exp() * top).sum(-1) / math.log(max(k, 2))).clamp(0, 1)
+        return evenness(self.z.topk(min(k, self.z.shape[-1])).values)
 
     @cached_property
     def teacher_log_p_y(self) -> Tensor:
-        return pick(self.teacher, self.labels) - self.teacher.logsumexp(-1)
+        return log_prob(self.teacher, self.labels)
 
     @cached_property
     def teacher_mass(self) -> Tensor:
-        q = self.teacher.softmax(-1)
-        q_y = pick(q, self.labels)
-        return q.mul_(q < q_y[:, None]).sum(-1) + q_y
+        return rank_mass(self.teacher, self.labels)
 
     @property
     def residual_log_p_y(self) -> Tensor:
@@ -171,27 +189,15 @@ class DenseRows(StudentRows):
 
 
 class SparseRows(StudentRows):
-    """Rows whose teacher is known at K ids and has the student's shape elsewhere.
-
-    Outside the ids the pool is then `c * p` with one number c per row, as a + b = 1: no teacher logits, no pool. The K
-    known entries are computed apart, in float64.
-    """
+    """Rows whose teacher is known at K ids and has the student's shape elsewhere: `SparsePool` has the pool."""
 
     def __init__(self, z: Tensor, labels: Tensor, softcap: float | None, teacher: tuple, residual: Residual):
-        self.ids, log_q = teacher[0], teacher[1].double()
+        self.ids = teacher[0]
         super().__init__(z, labels, softcap, teacher)
-        self.log_q, self.log_p = log_q, self.z.gather(-1, self.ids).double() - self.log_sum[:, None]
-        self.tail_p = (self.tail_sum / self.sum).double()
-        self.tail_q = -torch.expm1(log_q.logsumexp(-1)).clamp(max=0)
-        has_tail = (self.tail_p > 0) & (self.tail_q > 0)
-        known, tail = residual.teacher * log_q, residual.teacher * self.tail_q.log()
-        if residual.student != 0:
-            known = known + residual.student * self.log_p
-            tail = tail + residual.student * self.tail_p.log()
-        known = known.masked_fill((log_q == -torch.inf) | (self.log_p < BELOW_ALL / 2), -torch.inf)
-        logs = torch.cat([known, tail.masked_fill(~has_tail, -torch.inf)[:, None]], dim=-1).log_softmax(-1)
-        self.pool, self.pool_tail = logs[:, :-1].exp(), logs[:, -1].exp()
-        self.tail_factor = torch.where(has_tail, self.pool_tail / self.tail_p, 0)  # c
+        log_p = z.gather(-1, self.ids).double() - self.log_sum[:, None]
+        tail_p = self.tail_sum / self.sum
+        tail_p_log_p = self.tail_dot / self.sum - tail_p * self.log_sum
+        self.sparse = SparsePool(self.ids, teacher[1].double(), log_p, tail_p, tail_p_log_p, labels, residual)
 
     def _moments(self) -> tuple[Tensor, Tensor]:
         """As above, the tail apart: as a difference it would lose its digits where the student is sure."""
@@ -201,48 +207,30 @@ class SparseRows(StudentRows):
         self.e.scatter_(-1, self.ids, e)
         return self.tail_sum + e.sum(-1), self.tail_dot + (e * z).sum(-1)
 
-    @cached_property
-    def _at_label(self) -> Tensor:
-        return self.ids == self.labels[:, None]
-
-    def _known_or_tail(self, known: Tensor, tail: Tensor) -> Tensor:  # (r, K), (r,) -> (r,)
-        """The entry of `known` at the label, or `tail` where the label is none of the ids."""
-        return torch.where(self._at_label.any(-1), known.masked_fill(~self._at_label, 0).sum(-1), tail)
-
-    @cached_property
+    @property
     def teacher_log_p_y(self) -> Tensor:
-        return self._known_or_tail(self.log_q, (self.tail_q / self.tail_p).log() + self.log_p_y)
+        return self.sparse.teacher_log_p_y(self.log_p_y)
 
     @property
     def teacher_mass(self) -> Tensor:
-        raise ValueError("The rank mass of a label under its teacher needs dense teacher logits, not top-K ones.")
+        return no_rank_mass()
 
-    @cached_property
+    @property
     def residual_log_p_y(self) -> Tensor:
-        return self._known_or_tail(self.pool, self.tail_factor * self.log_p_y.double().exp()).log()
+        return self.sparse.log_p_y(self.log_p_y)
 
-    @cached_property
-    def _tail_log_p(self) -> Tensor:
-        """sum over the tail of p log p."""
-        return (self.tail_dot / self.sum).double() - self.tail_p * self.log_sum
-
-    @cached_property
+    @property
     def residual_nll(self) -> Tensor:
-        known = (self.pool * self.log_p.masked_fill(self.pool == 0, 0)).sum(-1)
-        return -known - self.tail_factor * self._tail_log_p
+        return self.sparse.nll
 
-    @cached_property
+    @property
     def residual_kl(self) -> Tensor:
-        known = torch.special.xlogy(self.pool, self.pool).sum(-1)
-        tail = torch.special.xlogy(self.pool_tail, self.tail_factor) + self.tail_factor * self._tail_log_p
-        return (self.residual_nll + known + tail).clamp(min=0)
+        return self.sparse.kl
 
     def write_gradient(self, label_weight: Tensor, residual_weight: Tensor) -> Tensor:
         slope = self._slope()
-        total, w_r = (label_weight + residual_weight).double(), residual_weight.double()
-        known = total[:, None] * self.log_p.exp() - w_r[:, None] * self.pool
-        outside = (total - w_r * self.tail_factor) / self.sum
-        torch.mul(self.e, outside.to(self.e)[:, None], out=self.z)
+        tail, known = self.sparse.gradient(label_weight, residual_weight)
+        torch.mul(self.e, (tail / self.sum).to(self.e)[:, None], out=self.z)
         self.z.scatter_(-1, self.ids, known.to(self.z))
         self._subtract_label(label_weight)
         norm = torch.linalg.vector_norm(self.z, 1, dim=-1)

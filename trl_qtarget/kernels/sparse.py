@@ -1,0 +1,71 @@
+"""The pool of a teacher known at K ids: K numbers a row in float64, and one factor for everything else.
+
+Outside its ids the teacher has the student's shape, `pi_T(v) = tau_T * p(v) / tau_p` with the tail masses tau. As the
+exponents sum to one, the pool is `c * p` there, with one number c per row: no teacher logits and no pool of width V.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from ..target import Residual
+
+
+IMPOSSIBLE = -1e29  # log-probabilities below are of columns that are masked out
+
+
+class SparsePool:
+    """pi~ of n rows, from what the student and the teacher say at the known ids and of the tail as a whole."""
+
+    def __init__(
+        self,
+        ids: Tensor,  # (n, K)
+        log_q: Tensor,  # (n, K) float64, the teacher's
+        log_p: Tensor,  # (n, K) float64, the student's
+        tail_p: Tensor,  # (n,) tau_p, the student's mass outside the ids, summed there and not as a difference
+        tail_p_log_p: Tensor,  # (n,) sum of p log p outside the ids
+        labels: Tensor,  # (n,)
+        residual: Residual,
+    ):
+        self.ids, self.log_q, self.log_p, self.labels = ids, log_q, log_p, labels
+        self.tail_p, self.tail_p_log_p = tail_p.double(), tail_p_log_p.double()
+        self.tail_q = -torch.expm1(log_q.logsumexp(-1).clamp(max=0))
+        has_tail = (self.tail_p > 0) & (self.tail_q > 0)
+        known, tail = residual.teacher * log_q, residual.teacher * self.tail_q.log()
+        if residual.student != 0:
+            known = known + residual.student * log_p
+            tail = tail + residual.student * self.tail_p.log()
+        known = known.masked_fill((log_q == -torch.inf) | (log_p < IMPOSSIBLE), -torch.inf)
+        logs = torch.cat([known, tail.masked_fill(~has_tail, -torch.inf)[:, None]], dim=-1).log_softmax(-1)
+        self.pool, self.pool_tail = logs[:, :-1].exp(), logs[:, -1].exp()
+        self.factor = torch.where(has_tail, self.pool_tail / self.tail_p, 0)  # c
+
+    def gradient(self, label_weight: Tensor, residual_weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Without the label's part: what multiplies p in the tail (n,), and the entries at the ids (n, K)."""
+        total, w_r = (label_weight + residual_weight).double(), residual_weight.double()
+        return total - w_r * self.factor, total[:, None] * self.log_p.exp() - w_r[:, None] * self.pool
+
+    def _at_label(self, known: Tensor, tail: Tensor) -> Tensor:  # (n, K), (n,) -> (n,)
+        """The entry of `known` at the label, or `tail` where the label is none of the ids."""
+        here = self.ids == self.labels[:, None]
+        return torch.where(here.any(-1), known.masked_fill(~here, 0).sum(-1), tail)
+
+    def teacher_log_p_y(self, log_p_y: Tensor) -> Tensor:
+        return self._at_label(self.log_q, (self.tail_q / self.tail_p).log() + log_p_y)
+
+    def log_p_y(self, log_p_y: Tensor) -> Tensor:
+        return self._at_label(self.pool, self.factor * log_p_y.double().exp()).log()
+
+    @cached_property
+    def nll(self) -> Tensor:
+        known = (self.pool * self.log_p.masked_fill(self.pool == 0, 0)).sum(-1)
+        return -known - self.factor * self.tail_p_log_p
+
+    @cached_property
+    def kl(self) -> Tensor:
+        known = torch.special.xlogy(self.pool, self.pool).sum(-1)
+        tail = torch.special.xlogy(self.pool_tail, self.factor) + self.factor * self.tail_p_log_p
+        return (self.nll + known + tail).clamp(min=0)
