@@ -11,7 +11,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test lint format clean
+.PHONY: help quickstart test lint format readme clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1: /p' $(MAKEFILE_LIST) | awk -F': ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -31,6 +31,9 @@ lint: $(VENV)/.installed-test,lint  ## ruff, import-linter, pyright
 format: $(VENV)/.installed-test,lint  ## what ruff can repair by itself
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+readme: $(VENV)/.installed-test,lint  ## write the table of losses into README.md
+	$(BIN)/python tests/test_readme.py
 
 clean:  ## remove the environment and everything the tools left behind
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .import_linter_cache .hypothesis

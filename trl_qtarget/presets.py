@@ -103,7 +103,7 @@ def iw_sft(temperature: AnyReal = 1.0, clip: Positive = 16.0) -> Target:
 def critical_token() -> Target:
     """Critical token fine-tuning: train only where another token would have led to a wrong answer.
 
-    gamma = c    pi~ = pi    s = 1    (c: the dataset's token_weight, 1 on critical tokens and 0 elsewhere)
+    gamma = token_weight    pi~ = pi    s = 1    (a column of the data: 1 on critical tokens, 0 elsewhere)
     """
     return Target(trust=lambda t: t.token_weight, needs=("token_weight",))
 

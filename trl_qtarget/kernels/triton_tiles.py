@@ -1,6 +1,6 @@
-"""Row kernels in Triton: the twins of `torch_tiles`, one read of the logits for the statistics and one for the gradient.
+"""Row kernels in Triton, twins of `torch_tiles`: one read of the logits for statistics, one for the gradient.
 
-    statistics_kernel   one program a row walks its columns once, carrying sums relative to the running maximum
+    statistics_kernel   one program a row walks its columns once and carries sums relative to the running maximum
     gradient_kernel     programs over (row, block of columns) recompute p and pi~ from those sums, write the gradient
                         over the logits, and leave one partial L1 norm each: no atomics, so results repeat bit for bit
 
@@ -63,7 +63,7 @@ def pool_logits(
     return tl.where(possible, r, float("-inf"))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])  # the number of tokens changes with every batch
 def statistics_kernel(
     z_ptr,  # (n, V)
     t_ptr,  # (n, V), or anything without HAS_TEACHER
@@ -119,7 +119,7 @@ def statistics_kernel(
     tl.store(out_ptr + 8 * n + row, pd)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def gradient_kernel(
     z_ptr,  # (n, V) logits in, gradient out
     t_ptr,  # (n, V), or anything without HAS_TEACHER
