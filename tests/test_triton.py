@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from test_loss import TARGETS, TAUGHT, both, case, close, dense, extras, sparse_as_dense, top_k
+
 from trl_qtarget import ProjectedLogits, build, qtarget_loss, reference_loss
 from trl_qtarget.kernels import tiles_for
 

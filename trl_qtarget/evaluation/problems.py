@@ -59,11 +59,17 @@ def read_file(path: Path) -> list[dict]:
 
 
 def read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        if "Extra data" not in str(error):
+            raise
+        return read_jsonl(path)  # one row a line, which is what datasets writes to a .json file
 
 
 def read_jsonl(path: Path) -> Any:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    with path.open(encoding="utf-8") as file:
+        return [json.loads(line) for line in file if line.strip()]
 
 
 def read_csv(path: Path) -> Any:

@@ -4,14 +4,14 @@ import json
 import math
 import os
 from collections import defaultdict
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A completion and its score, 0 to 1. `sample` is None for the greedy one; `tokens` counts the one that ended it."""
+    """A completion and its score, 0 to 1; `sample` is None for the greedy one, `tokens` counts the EOS too."""
 
     row: int
     sample: int | None
@@ -32,6 +32,8 @@ class Result:
     model: str
     average_at_k: float
     average_at_k_se: float | None
+    gain: float | None  # of average_at_k over the first model, which has None; row by row, so its error is smaller
+    gain_se: float | None
     greedy: float
     greedy_se: float | None
     pass_at_k: float
@@ -45,23 +47,26 @@ class Result:
     device: str
 
 
-def summarize(samples: Sequence[Sample], prompts: Sequence[Hashable]) -> dict:
+def summarize(
+    samples: Sequence[Sample], prompts: Sequence[Hashable], baseline: Sequence[Sample] | None = None
+) -> dict:
     """The measures of `Result` that come from the samples; `prompts` says which rows ask the same."""
-    by_row = defaultdict(list)
-    greedy = [0.0] * len(prompts)
-    for sample in samples:
-        if sample.sample is None:
-            greedy[sample.row] = sample.score
-        else:
-            by_row[sample.row].append(sample)
-    drawn = [sample for row in by_row.values() for sample in row]
-    average = [mean(s.score for s in by_row[i]) for i in range(len(prompts))]
+    drawn = [s for s in samples if s.sample is not None]
+    average = scores_by_row(drawn)
+    greedy = scores_by_row(s for s in samples if s.sample is None)
+    passed = scores_by_row(drawn, lambda scores: float(max(scores) == 1))
+    gain = None
+    if baseline is not None:
+        before = scores_by_row(s for s in baseline if s.sample is not None)
+        gain = [after - before for after, before in zip(average, before, strict=True)]
     return {
         "average_at_k": mean(average),
         "average_at_k_se": standard_error(average, prompts),
+        "gain": None if gain is None else mean(gain),
+        "gain_se": None if gain is None else standard_error(gain, prompts),
         "greedy": mean(greedy),
         "greedy_se": standard_error(greedy, prompts),
-        "pass_at_k": mean(any(s.correct for s in by_row[i]) for i in range(len(prompts))),
+        "pass_at_k": mean(passed),
         "mean_tokens": mean(s.tokens for s in drawn),
         "ended": mean(s.ended for s in drawn),
         "k": len(drawn) // len(prompts),
@@ -73,6 +78,13 @@ def summarize(samples: Sequence[Sample], prompts: Sequence[Hashable]) -> dict:
 def mean(values: Iterable[float]) -> float:
     values = list(values)
     return math.fsum(values) / len(values)
+
+
+def scores_by_row(samples: Iterable[Sample], combine: Callable[[list[float]], float] = mean) -> list[float]:
+    rows = defaultdict(list)
+    for sample in samples:
+        rows[sample.row].append(sample.score)
+    return [combine(rows[row]) for row in sorted(rows)]
 
 
 def standard_error(values: Sequence[float], groups: Sequence[Hashable]) -> float | None:
@@ -89,20 +101,23 @@ def standard_error(values: Sequence[float], groups: Sequence[Hashable]) -> float
     return math.sqrt(len(sums) / (len(sums) - 1) * math.fsum(s * s for s in sums.values())) / len(values)
 
 
-def table(results: Sequence[Result], title: str):
+def table(results: Sequence[Result]):
     """The results as a rich table, in percent."""
     from rich.markup import escape
     from rich.table import Table
 
     k = results[0].k
-    out = Table(title=escape(title), title_justify="left", caption=caption(results), caption_justify="left")
+    out = Table()
     out.add_column("model", overflow="fold")
-    for name in (f"Average@{k}", "greedy", f"pass@{k}", "tokens", "ended"):
+    gain = ["gain"] if len(results) > 1 else []
+    for name in (f"Average@{k}", *gain, "greedy", f"pass@{k}", "tokens", "ended"):
         out.add_column(name, justify="right", no_wrap=True)
     for r in results:
+        gained = [with_error(r.gain, r.gain_se, sign="+")] if gain else []
         out.add_row(
             escape(r.model),
             with_error(r.average_at_k, r.average_at_k_se),
+            *gained,
             with_error(r.greedy, r.greedy_se),
             f"{100 * r.pass_at_k:.1f}",
             f"{r.mean_tokens:.1f}",
@@ -111,22 +126,26 @@ def table(results: Sequence[Result], title: str):
     return out
 
 
-def with_error(share: float, error: float | None) -> str:
-    return f"{100 * share:.1f}" + ("" if error is None else f" +- {100 * error:.1f}")
+def with_error(share: float | None, error: float | None, sign: str = "") -> str:
+    if share is None:
+        return ""
+    return f"{100 * share:{sign}.1f}" + ("" if error is None else f" +- {100 * error:.1f}")
 
 
-def caption(results: Sequence[Result]) -> str:
+def notes(results: Sequence[Result]) -> str:
     """What the numbers do not say by themselves."""
     first = results[0]
-    notes = ["Percent, +- standard error over prompts; tokens: mean length of a sample; ended: by the model itself."]
+    lines = ["Percent, +- standard error over prompts. tokens: mean length of a sample; ended: by the model itself."]
+    if len(results) > 1:
+        lines.append("gain: Average over the first model's, prompt by prompt and under the same noise.")
     if first.distinct_prompts < first.rows:
-        notes.append(
-            f"Only {first.distinct_prompts} of the {first.rows} rows have a prompt of their own: rows that share one "
-            "are counted together in the standard error."
+        lines.append(
+            f"The {first.rows} rows have {first.distinct_prompts} different prompts: the rows of one prompt count "
+            "together in the standard errors."
         )
     if min(r.ended for r in results) < 0.9:
-        notes.append("Many samples were cut before they ended: a higher --max_new_tokens may change the numbers.")
-    return "\n".join(notes)
+        lines.append("Many samples were cut before they ended: a higher --max_new_tokens may change the numbers.")
+    return "\n".join(lines)
 
 
 def samples_file(folder: str, label: str) -> Path:

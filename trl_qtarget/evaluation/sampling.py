@@ -4,8 +4,8 @@
 
 So sampling is greedy decoding of noisy logits, and the noise of (seed, row, sample, position, token) is a hash of
 these five. Nothing else enters: two models that share a tokenizer are compared under the same noise, so that their
-difference is less noisy than their scores. What a batch's composition still changes is rounding: logits in float32 move
-by about 1e-6, and one token in a million with them; in half precision it is one in some hundreds.
+difference is less noisy than their scores. What a batch's composition still changes is rounding, which may decide a
+near tie: seen in none of 30,000 tokens in float32, in one of some 250 in bfloat16.
 """
 
 import hashlib
@@ -27,8 +27,8 @@ def stream(seed: int, row: int, sample: int) -> int:
 
 
 def mix(x: Tensor) -> Tensor:
-    """SplitMix64's output function: a bijection of 64-bit integers whose bits all depend on all (int64, wraps)."""
-    x = (x ^ (x >> 30 & (1 << 34) - 1)) * FACTORS[0]  # the mask turns an arithmetic shift into a logical one
+    """SplitMix64's output function: a bijection of 64-bit integers, every bit out depending on every bit in."""
+    x = (x ^ (x >> 30 & (1 << 34) - 1)) * FACTORS[0]  # the mask makes the shift logical; the product wraps
     x = (x ^ (x >> 27 & (1 << 37) - 1)) * FACTORS[1]
     return x ^ (x >> 31 & (1 << 33) - 1)
 
@@ -39,10 +39,15 @@ def gumbel(
 ) -> Tensor:  # (B, V) fp32
     """Gumbel(0, 1) noise; a token's noise depends on its row's key and its own id, not on V."""
     tokens = torch.arange(1, vocab_size + 1, device=keys.device) * GAMMA
+    block = max(1, 2**16 // vocab_size) if keys.device.type == "cpu" else len(keys)  # stays in a core's cache
+    return torch.cat([_gumbel_block(part, tokens) for part in keys.split(block)])
+
+
+def _gumbel_block(keys: Tensor, tokens: Tensor) -> Tensor:
     bits = mix(keys[:, None] + tokens) & (1 << 63) - 1
-    # 63 bits before rounding: the draws near 0, which win, then have a relative error of 2**-24 however many tokens
-    uniform = (bits.float() + 0.5) * 2**-63
-    return -torch.log(-torch.log1p(-uniform))
+    # 63 bits before rounding: the small draws, which win, keep a relative error of 2**-24 in any vocabulary
+    uniform = bits.float().add_(0.5).mul_(2**-63)
+    return uniform.neg_().log1p_().neg_().log_().neg_()
 
 
 def nucleus(

@@ -60,7 +60,7 @@ class MathVerifier:
         if answer not in self.parsed:
             # a formula without dollars around it is read as the formula it is
             self.parsed[answer] = self.parse(answer) or self.parse(f"${answer}$")
-        if not self.parsed[answer]:
+        if all(isinstance(part, str) for part in self.parsed[answer]):  # text that stands for nothing it understood
             raise ValueError(f"math-verify finds no expression in the answer {answer!r}: give another --verifier.")
         return self.parsed[answer]
 

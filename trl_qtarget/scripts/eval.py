@@ -20,7 +20,7 @@ from trl_qtarget.evaluation import models, report
 from trl_qtarget.evaluation.problems import Problem, read_problems
 from trl_qtarget.evaluation.report import Result, Sample
 from trl_qtarget.evaluation.verifiers import MathVerifier, Verifier, find_verifier
-from trl_qtarget.scripts.options import StrictParser
+from trl_qtarget.scripts.parsing import StrictParser
 
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -86,15 +86,18 @@ def main(args: EvalArguments) -> list[Result]:
     except ValueError as mistake:
         print(f"trl-qtarget eval: {mistake}", file=sys.stderr)
         raise SystemExit(2) from None
-    results = []
+    results: list[Result] = []
+    baseline: list[Sample] | None = None
     for subject in subjects:
-        result, samples = evaluate(args, subject, problems, verifier)
+        result, samples = evaluate(args, subject, problems, verifier, baseline)
         results.append(result)
+        baseline = baseline or samples
         if args.output_dir is not None:
             report.write_samples(report.samples_file(args.output_dir, subject.label), samples)
     if args.output_dir is not None:
         report.write(Path(args.output_dir, "results.json"), to_json(args, results))
-    Console().print(report.table(results, title(args, results)))
+    for part in (title(args, results), report.table(results), report.notes(results)):
+        Console().print(part, markup=False, highlight=False)
     return results
 
 
@@ -127,7 +130,11 @@ def prepare(args: EvalArguments) -> tuple[Verifier, list[Problem], list[models.S
 
 
 def evaluate(
-    args: EvalArguments, subject: models.Subject, problems: list[Problem], verifier: Verifier
+    args: EvalArguments,
+    subject: models.Subject,
+    problems: list[Problem],
+    verifier: Verifier,
+    baseline: list[Sample] | None = None,
 ) -> tuple[Result, list[Sample]]:
     """One model's samples, each judged as soon as it is there, and what they add up to."""
     from rich.console import Console
@@ -157,7 +164,7 @@ def evaluate(
             progress.update(task, completed=len(samples))
     result = Result(
         model=subject.name,
-        **report.summarize(samples, [tuple(prompt) for prompt in subject.prompts]),
+        **report.summarize(samples, [tuple(prompt) for prompt in subject.prompts], baseline),
         seconds=round(time.perf_counter() - start, 2),
         dtype=str(model.dtype).removeprefix("torch."),
         device=str(model.device),
