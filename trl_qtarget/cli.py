@@ -14,6 +14,8 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 from . import __version__
+from .presets import PRESETS, Preset
+from .registry import find
 
 
 PROG = "trl-qtarget"
@@ -31,15 +33,17 @@ def main(argv: list[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     command = argv[0] if argv else None
     if command in COMMANDS:
-        return COMMANDS[command](argv[1:])
+        try:
+            return COMMANDS[command](argv[1:])
+        except KeyboardInterrupt:
+            return 130
     others = _commands_of_trl()
     if command is not None and (command in others or (not others and not command.startswith("-"))):
         return _run_trl(argv)
     parser = argparse.ArgumentParser(prog=PROG, allow_abbrev=False)
     parser.add_argument("--version", action="store_true", help="show the versions that matter and exit")
     subparsers = parser.add_subparsers(help="available commands", dest="command", metavar="command")
-    helps = {name: inspect.getdoc(run) for name, run in COMMANDS.items()} | others
-    for name, text in helps.items():
+    for name, text in ({name: run.__doc__ for name, run in COMMANDS.items()} | others).items():
         subparsers.add_parser(name, help=text)
     print(_versions() if parser.parse_args(argv).version else parser.format_help())
     return 0
@@ -73,14 +77,11 @@ def evaluate(argv: list[str]) -> int:
 
 def losses(argv: list[str]) -> int:
     """List the losses, or describe one of them"""
-    from .presets import PRESETS
-    from .registry import find
-
-    parser = argparse.ArgumentParser(prog=f"{PROG} losses", description=inspect.getdoc(losses))
+    parser = argparse.ArgumentParser(prog=f"{PROG} losses", description=losses.__doc__)
     parser.add_argument("name", nargs="?", help="a loss of the list, or yours as my_module:my_loss or file.py:my_loss")
     name = parser.parse_args(argv).name
     try:
-        _print(_table(PRESETS) if name is None else _description(name, find(name)))
+        _print(_table() if name is None else _description(name, find(name)))
     except ValueError as mistake:
         print(f"{PROG} losses: {mistake}", file=sys.stderr)
         return 2
@@ -128,16 +129,16 @@ def _print(what: Any) -> None:
     Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else 250).print(what)
 
 
-def _table(presets: dict) -> Any:
+def _table() -> Any:
     from rich.table import Table
 
     table = Table("loss", "formula", "needs", "paper", box=None, pad_edge=False)
-    for name, preset in presets.items():
+    for name, preset in PRESETS.items():
         table.add_row(name, " ".join(preset.formula.splitlines()), ", ".join(preset.needs), preset.paper)
     return table
 
 
-def _description(name: str, preset: Any) -> str:
+def _description(name: str, preset: Preset) -> str:
     hints = get_type_hints(preset.make, include_extras=True)
     arguments = [f"{key} = {value!r}    ({_range(key, hints.get(key))})" for key, value in preset.defaults.items()]
     rest = inspect.cleandoc(preset.make.__doc__ or "").split("\n\n")[2:]

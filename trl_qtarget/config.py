@@ -117,7 +117,7 @@ class TargetSFTConfig(SFTConfig):
         if self.qtarget_chunk_size is not None and self.qtarget_chunk_size < 1:
             raise ValueError(f"qtarget_chunk_size must be at least 1 token, got {self.qtarget_chunk_size}.")
         if isinstance(self.trust_token_ids, str | int):
-            self.trust_token_ids = [self.trust_token_ids]
+            self.trust_token_ids = [str(self.trust_token_ids)]
 
     def target(self) -> Target:
         """The `Target` that `loss` and `loss_kwargs` name.
@@ -125,7 +125,8 @@ class TargetSFTConfig(SFTConfig):
         Raises:
             ValueError: an unknown loss or a bad argument.
         """
-        return build(self.loss, **(self.loss_kwargs or {}))
+        kwargs: Any = self.loss_kwargs or {}
+        return build(self.loss, **kwargs)
 
     def _check_what_would_be_ignored(self) -> None:
         """SFTTrainer honours these for its own losses only: with ours they would be dropped in silence."""

@@ -61,7 +61,8 @@ def install(model: PreTrainedModel) -> None:
 
 def read_head(model: PreTrainedModel) -> Head:
     """The model's output head, with the scale and the softcap its configuration puts on logits."""
-    head, config = model.get_output_embeddings(), model.config.get_text_config()
+    head: Any = model.get_output_embeddings()
+    config = model.config.get_text_config()
     weight, bias = (x.full_tensor() if hasattr(x, "full_tensor") else x for x in (head.weight, head.bias))
     return Head(weight, bias, _logit_scale(config), getattr(config, "final_logit_softcapping", None))
 
@@ -85,9 +86,10 @@ def _aux_loss(model: PreTrainedModel, outputs: Any, kwargs: dict) -> Tensor | No
 
     config = model.config.get_text_config()
     experts = getattr(config, "num_experts", None) or config.num_local_experts
-    return load_balancing_loss_func(
+    aux_loss: Any = load_balancing_loss_func(
         outputs.router_logits, experts, config.num_experts_per_tok, kwargs.get("attention_mask")
     )
+    return aux_loss
 
 
 def gathered(*parameters: Tensor | None) -> contextlib.AbstractContextManager:
@@ -191,8 +193,9 @@ class Scorer:
             return None
         head = Head(t.weight, t.bias)
         head = head if self.columns is None else head.first(self.columns)
-        parts = (None if x is None else x.to(device) for x in (t.hidden.flatten(0, 1), head.weight, head.bias))
-        return ProjectedLogits(*parts, t.logit_scale, t.softcap)
+        bias = None if head.bias is None else head.bias.to(device)
+        hidden = t.hidden.flatten(0, 1).to(device)
+        return ProjectedLogits(hidden, head.weight.to(device), bias, t.logit_scale, t.softcap)
 
     @torch.no_grad()
     def _compare_with_reference(

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from .target import Residual, Target, Tokens
 IGNORE = -100  # the label of a token that is not trained on, as in torch's cross entropy
 
 
-def pool(residual: Residual, log_p: Tensor, log_q: Tensor | None) -> Tensor:  # (N, V), (N, V) -> (N, V)
+def pool(residual: Residual, log_p: Tensor, log_q: Any) -> Tensor:  # (N, V), (N, V) -> (N, V)
     """log pi~, with `pi~(v) ~ p(v)^a * pi_T(v)^b` over the tokens that both models can produce.
 
     A factor with exponent zero is left out rather than multiplied, since 0 * -inf is no number.
@@ -47,7 +47,7 @@ class DenseRows:
     log_p: Tensor  # (N, V)
     labels: Tensor  # (N,)
     residual: Residual
-    log_q: Tensor | None  # (N, V) the teacher's
+    log_q: Any  # (N, V) the teacher's, or None
 
     @cached_property
     def log_pool(self) -> Tensor:

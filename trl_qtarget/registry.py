@@ -17,7 +17,7 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, cast, get_args, get_origin, get_type_hints
 
 from .target import Target
 
@@ -170,7 +170,7 @@ def _find_in_module(loss: str) -> Preset:
             names = ", ".join(sorted(p.name for p in own)) or "none"
             raise ValueError(f"{source} registers these losses: {names}. Say which, as {source}:NAME.")
         return own[0]
-    made = getattr(module, name, None)
+    made: Any = getattr(module, name, None)
     by_name = {p.name: p for p in own}
     if name in by_name:
         return by_name[name]
@@ -179,7 +179,7 @@ def _find_in_module(loss: str) -> Preset:
         guess = difflib.get_close_matches(name, choices, n=1)
         hint = f" Did you mean {source}:{guess[0]}?" if guess else ""
         raise ValueError(f"{source} has no loss {name!r}.{hint}")
-    return next((p for p in own if p.make is made), Preset(loss, made))
+    return next((p for p in own if p.make is made), Preset(loss, cast(Any, made)))
 
 
 def _import(source: str, loss: str) -> Any:

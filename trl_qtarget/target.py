@@ -44,8 +44,8 @@ class Tokens:
 
     log_p_y: Tensor  # (n,) log p(y)
     rows: Any = None  # the vocabulary statistics below, each computed when first asked for
-    labels: Tensor | None = None  # (n,) y
-    token_weight: Tensor | None = None  # (n,) the dataset's own weights
+    labels: Any = None  # (n,) y
+    token_weight: Any = None  # (n,) the dataset's own weights
     given_reference: Tensor | None = None  # (n,) log pi_ref(y) or log pi_old(y), where somebody supplied it
     trajectory: Tensor | None = None  # (n,) which trajectory a token is part of, ids in 0 .. n - 1; None: all one
 

@@ -20,7 +20,7 @@ from .data import TOKEN_COLUMNS, TokenColumnCollator, trajectories
 from .head import SUMS, ScoredOutput, Scorer, install, read_teacher
 from .target import Target
 from .teachers.base import ProjectedLogits
-from .teachers.models import AdaptersOff, FrozenModel, Snapshot, load
+from .teachers.models import AdaptersOff, FrozenModel, Snapshot, base_model, load
 from .teachers.vocab import common_columns
 
 
@@ -55,6 +55,9 @@ class TargetSFTTrainer(SFTTrainer):
             data is tokenized where it can be known by then.
     """
 
+    args: TargetSFTConfig
+    model: Any
+
     _tag_names = ["trl", "sft", "target-sft"]  # noqa: RUF012, as in TRL
     _name = "Target-SFT"
     _paper = {  # noqa: RUF012
@@ -86,17 +89,13 @@ class TargetSFTTrainer(SFTTrainer):
         compat.check_trainer(self)
         if not self._is_vision_dataset:
             self.data_collator = TokenColumnCollator(self.data_collator)
-        install(self._base_model)
+        install(base_model(self.model))
         self.target = self.target.trusting(args.trust_floor, self._trusted_ids())
         self._columns: int | None = None
         self._teacher = self._make_teacher(teacher_model, reference)
         self._snapshot = Snapshot(self.model, self.target.snapshot_every) if "snapshot" in self.target.needs else None
         self._checked = not args.qtarget_self_check
         self._sums: dict[str, list[Tensor]] = {"train": [], "eval": []}
-
-    @property
-    def _base_model(self) -> PreTrainedModel:
-        return self.model.get_base_model() if is_peft_model(self.model) else self.model
 
     # Teachers
 
@@ -110,26 +109,26 @@ class TargetSFTTrainer(SFTTrainer):
         if peft_config is not None or (not isinstance(model, str) and is_peft_model(model)):
             return None
         if isinstance(model, str):
-            return load(model, args, **{"dtype": "float32", **(args.model_init_kwargs or {})})
+            init_kwargs: Any = args.model_init_kwargs or {}
+            return load(model, args, **{"dtype": "float32", **init_kwargs})
         return copy.deepcopy(model)
 
-    def _make_teacher(self, teacher: PreTrainedModel | str | None, reference: PreTrainedModel | None) -> Any:
+    def _make_teacher(self, teacher: Any, reference: Any) -> Any:
         if not self._needs_model():
             return None
-        if teacher is None and reference is None:
-            return AdaptersOff(self.model)
         if reference is not None:
             return FrozenModel(reference, self.accelerator)
+        if teacher is None:
+            return AdaptersOff(self.model)
         if isinstance(teacher, str):
-            init_kwargs = dict(self.args.teacher_model_init_kwargs or {})
-            if self.args.teacher_model_revision is not None:
-                init_kwargs["revision"] = self.args.teacher_model_revision
-            teacher = load(teacher, self.args, **init_kwargs)
+            given: Any = self.args.teacher_model_init_kwargs or {}  # a mapping by now
+            revision = self.args.teacher_model_revision
+            teacher = load(teacher, self.args, **given, **({} if revision is None else {"revision": revision}))
         self._columns = self._compare_vocabularies(teacher)
         return FrozenModel(teacher, self.accelerator)
 
-    def _compare_vocabularies(self, teacher: PreTrainedModel) -> int | None:
-        sizes = [len(m.get_output_embeddings().weight) for m in (self._base_model, teacher)]
+    def _compare_vocabularies(self, teacher: Any) -> int | None:
+        sizes = [len(m.get_output_embeddings().weight) for m in (base_model(self.model), teacher)]
         name = teacher.config._name_or_path
         padded = None if sizes[0] == sizes[1] else min(len(self._tokenizer), *sizes)
         if not name:  # a model made in memory comes with no tokenizer to compare
@@ -144,7 +143,7 @@ class TargetSFTTrainer(SFTTrainer):
         return common_columns(self._tokenizer, tokenizer, *sizes)
 
     def _trusted_ids(self) -> list[int]:
-        ids: set[int] = set()
+        ids: set[Any] = set()
         for token in self.args.trust_token_ids or []:
             if token == "special":
                 ids.update(self._tokenizer.all_special_ids)
@@ -181,9 +180,11 @@ class TargetSFTTrainer(SFTTrainer):
             inputs["output_router_logits"] = True
         plain = {name: value for name, value in inputs.items() if name != "labels"}
         scorer = self._scorer(inputs, plain, columns, mode)
+        out: Any
         if compat.sequence_parallel_size(self.accelerator.parallelism_config) > 1 and mode == "train":
             # the ranks of a group hold parts of one sequence: Trainer itself reduces the model's own mean loss
-            loss, out = Trainer.compute_loss(self, model, {**inputs, "qtarget": scorer}, return_outputs=True)
+            scored = {**inputs, "qtarget": scorer}
+            loss, out = Trainer.compute_loss(self, model, scored, return_outputs=True)  # type: ignore[misc]
         else:
             out = model(**inputs, qtarget=scorer)
             loss = self._reduced(out, num_items_in_batch) if scorer.called else None
@@ -241,7 +242,7 @@ class TargetSFTTrainer(SFTTrainer):
         if self.aux_loss_enabled:
             # a mean of its own for each micro-batch, where the loss above is a share of the whole step's
             steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
-            loss = loss + self.router_aux_loss_coef * out.aux_loss / steps
+            loss = loss + out.aux_loss * (self.router_aux_loss_coef / steps)
         return loss
 
     # Metrics
@@ -251,7 +252,8 @@ class TargetSFTTrainer(SFTTrainer):
         seen = inputs["attention_mask"].sum() if "attention_mask" in inputs else inputs["position_ids"].shape[-1]
         aux = out.aux_loss.detach() if self.aux_loss_enabled else 0.0
         extra = torch.stack([torch.as_tensor(x, dtype=torch.float32, device=out.sums.device) for x in (seen, aux)])
-        self._sums[mode].append(self.accelerator.reduce(torch.cat([out.sums.detach(), extra]), reduction="sum"))
+        reduced: Any = self.accelerator.reduce(torch.cat([out.sums.detach(), extra]), reduction="sum")
+        self._sums[mode].append(reduced)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         mode = "train" if self.model.training else "eval"
@@ -264,7 +266,7 @@ class TargetSFTTrainer(SFTTrainer):
             return
         table = torch.stack(self._sums[mode]).double().cpu()
         self._sums[mode].clear()
-        columns = dict(zip((*SUMS, "seen", "aux_loss"), table.unbind(-1), strict=True))
+        columns: dict[str, Tensor] = dict(zip((*SUMS, "seen", "aux_loss"), table.unbind(-1), strict=True))
         metrics, tokens = self._metrics[mode], columns["tokens"]
         for name, column in METRICS.items():
             metrics[name] = [(columns[column].sum() / tokens.sum().clamp(min=1)).item()]

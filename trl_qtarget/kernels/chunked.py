@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..target import RowWeights, Target, Tokens
-from ..teachers.base import ProjectedLogits, TeacherLogits
+from ..teachers.base import ProjectedLogits, TeacherLogits, TopKLogits
 from .products import Head, add_weight_gradient, hidden_gradient, project, wide
 
 
@@ -80,8 +80,9 @@ class Job:
         if self.teacher is None:
             return None
         teacher = self.teacher.take(part)
-        if tile is None:
+        if isinstance(teacher, TopKLogits):
             return teacher.ids, teacher.log_probs
+        assert tile is not None
         common = min(tile.shape[-1], len(teacher.weight))
         t = tile[: part.stop - part.start]
         if common == tile.shape[-1]:
@@ -96,7 +97,7 @@ class Job:
             block = slice(first, min(first + step, len(z)))
             at = slice(part.start + block.start, part.start + block.stop)
             taught = tuple(x[block] for x in teacher) if isinstance(teacher, tuple) else teacher
-            if isinstance(taught, Tensor):
+            if isinstance(taught, Tensor) and isinstance(self.teacher, ProjectedLogits):
                 taught = self.tiles.cap_(taught[block], self.teacher.softcap)
             rows = self.tiles.rows(z[block], self.labels[at], self.target.residual, taught, softcap)
             self._weigh(rows, at, wants_gradient)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -78,7 +79,7 @@ def no_rank_mass() -> Tensor:
 class StudentRows:
     """Rows whose residual is the student itself: it pulls nowhere, and the gradient is `w_y * (p - delta_y)`."""
 
-    def __init__(self, z: Tensor, labels: Tensor, softcap: float | None, teacher: Tensor | tuple | None):
+    def __init__(self, z: Tensor, labels: Tensor, softcap: float | None, teacher: Any):
         self.z, self.labels, self.softcap, self.teacher = cap_(z, softcap), labels, softcap, teacher
         self.max, top = z.max(-1)
         self.is_top1 = top == labels
@@ -108,11 +109,11 @@ class StudentRows:
     def top_evenness(self, k: int) -> Tensor:
         return evenness(self.z.topk(min(k, self.z.shape[-1])).values)
 
-    @cached_property
+    @property
     def teacher_log_p_y(self) -> Tensor:
         return log_prob(self.teacher, self.labels)
 
-    @cached_property
+    @property
     def teacher_mass(self) -> Tensor:
         return rank_mass(self.teacher, self.labels)
 
@@ -149,7 +150,7 @@ class StudentRows:
 class DenseRows(StudentRows):
     """Rows whose residual is a pool over the whole vocabulary."""
 
-    def __init__(self, z: Tensor, labels: Tensor, softcap: float | None, teacher: Tensor | None, residual: Residual):
+    def __init__(self, z: Tensor, labels: Tensor, softcap: float | None, teacher: Any, residual: Residual):
         super().__init__(z, labels, softcap, teacher)
         pool = self._pool_logits(residual)
         self.pool = pool.sub_(pool.amax(-1, keepdim=True)).exp_()  # pi~ times a factor per row, `pool_sum`

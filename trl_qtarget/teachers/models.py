@@ -30,12 +30,17 @@ def load(path: str, args: Any, **kwargs: Any) -> PreTrainedModel:
     return create_model(path, **kwargs)
 
 
+def base_model(model: Any) -> PreTrainedModel:
+    """The transformers model, under its adapters where it has some."""
+    return model.get_base_model() if is_peft_model(model) else model
+
+
 class FrozenModel:
     """A model of its own, beside the student."""
 
     def __init__(self, model: PreTrainedModel, accelerator: Any):
         model.requires_grad_(False).eval()
-        install(model.get_base_model() if is_peft_model(model) else model)
+        install(base_model(model))
         self.model = prepare_frozen(model, accelerator)
 
     def read(self, inputs: dict[str, Any]) -> ProjectedLogits:
