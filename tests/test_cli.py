@@ -458,6 +458,7 @@ def test_mistakes_in_accelerates_options(ends, capsys):
     assert "`nowhere.yaml` does not exist" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "ended"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_to_the_launcher_ends_its_children(ends, tmp_path, number, ended):
     """In a process of its own, as the signal goes to the launcher alone and not to the script."""

@@ -24,7 +24,7 @@ from ..teachers.base import ProjectedLogits, TeacherLogits, TopKLogits
 from .products import Head, add_weight_gradient, hidden_gradient, project, wide
 
 
-TILE_BYTES = {"cpu": 2**26}  # logits of one tile; elsewhere:
+TILE_BYTES = {"cpu": 5 * 2**25}  # logits of one tile, of both models; elsewhere:
 TILE_BYTES_ACCELERATOR = 2**29
 ROW_MULTIPLE = 128  # of rows in a tile: a product of fewer rows does not fill the machine
 
@@ -55,7 +55,8 @@ class Job:
         N, (V, D) = len(hidden), head.weight.shape
         wants_hidden, wants_weight, wants_bias = wants
         grad_hidden = hidden.new_empty(N, D, dtype=dtype) if wants_hidden else None
-        grad_weight = hidden.new_zeros(V, D, dtype=dtype) if wants_weight else None
+        empty = hidden.new_empty if N else hidden.new_zeros
+        grad_weight = empty(V, D, dtype=dtype) if wants_weight else None
         grad_bias = hidden.new_zeros(V, dtype=dtype) if wants_bias else None
         dense = isinstance(self.teacher, ProjectedLogits)
         size = rows_per_tile(N, V * (1 + dense), dtype, device.type) if self.chunk_size is None else self.chunk_size
@@ -71,7 +72,7 @@ class Job:
             if grad_hidden is not None:
                 hidden_gradient(z, replace(head, scale=1.0), grad_hidden[part])
             if grad_weight is not None:
-                add_weight_gradient(z, hidden[part], grad_weight)
+                add_weight_gradient(z, hidden[part], grad_weight, first=start == 0)
             if grad_bias is not None:
                 grad_bias += z.sum(0)
         return grad_hidden, grad_weight, grad_bias

@@ -70,11 +70,18 @@ def hidden_gradient(gradient: Tensor, head: Head, out: Tensor) -> Tensor:  # (n,
     return out if head.scale == boost else out.mul_(head.scale / boost)
 
 
-def add_weight_gradient(gradient: Tensor, hidden: Tensor, out: Tensor) -> None:  # (n, V) wide, (n, D), (V, D) wide
+def add_weight_gradient(
+    gradient: Tensor,  # (n, V) wide
+    hidden: Tensor,  # (n, D)
+    out: Tensor,  # (V, D) wide
+    first: bool,  # nothing is there yet: write, which spares a pass over (V, D)
+) -> None:
     """`out += G^T h`, without the head's scale, which the caller folds into the last multiplication."""
-    if gradient.dtype == hidden.dtype:
-        out.addmm_(gradient.t(), hidden)
-    elif gradient.is_cuda and hidden.dtype == torch.bfloat16:
-        torch.addmm(out, gradient.to(hidden.dtype).t(), hidden, out_dtype=out.dtype, out=out)
+    if gradient.is_cuda and hidden.dtype == torch.bfloat16:
+        half = gradient.to(hidden.dtype).t()
+        if first:
+            torch.mm(half, hidden, out_dtype=out.dtype, out=out)
+        else:
+            torch.addmm(out, half, hidden, out_dtype=out.dtype, out=out)
     else:
-        out.addmm_(gradient.t(), hidden.to(gradient.dtype))
+        torch.addmm(out, gradient.t(), hidden.to(gradient.dtype), beta=0 if first else 1, out=out)

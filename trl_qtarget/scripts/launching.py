@@ -1,0 +1,96 @@
+"""Runs one of our scripts through accelerate's launcher, as `trl` does, and says how it ended."""
+
+import argparse
+import importlib.resources as resources
+import logging
+import signal
+import subprocess
+import threading
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import psutil
+
+from .parsing import fail
+
+
+def make_launcher() -> argparse.ArgumentParser:
+    """The parser of `accelerate launch`, with TRL's `--accelerate_config`."""
+    from accelerate.commands.launch import launch_command_parser
+
+    parser = launch_command_parser()
+    parser.add_argument("--accelerate_config", dest="config_file", type=_accelerate_config)
+    return parser
+
+
+def accelerate_configs() -> list[str]:
+    """The names that `--accelerate_config` takes beside files."""
+    files = [file.name for file in resources.files("trl.accelerate_configs").iterdir()]
+    return sorted(name.removesuffix(".yaml") for name in files if name.endswith(".yaml"))
+
+
+def _accelerate_config(name: str) -> str:
+    if Path(name).is_file():
+        return name
+    if name in accelerate_configs():
+        return str(resources.files("trl.accelerate_configs").joinpath(f"{name}.yaml"))
+    raise argparse.ArgumentTypeError(f"{name!r} is neither a file nor one of {', '.join(accelerate_configs())}")
+
+
+def launch(module: str, own: list[str], options: list[str], prog: str) -> int:
+    """Run `module` with the words `own` under `accelerate launch` with `options`.
+
+    Returns its exit code: what it had to say it has said itself, so no traceback of the launcher's is added to it.
+    """
+    from accelerate.commands import launch as accelerate
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    # a module, not a file: scripts/ at the head of sys.path would shadow modules of other packages
+    args = make_launcher().parse_args([*options, "--module", module, *own])
+    logging.getLogger(accelerate.__name__).addFilter(_is_news)
+    try:
+        with _children_stopped():
+            accelerate.launch_command(args)
+        return 0
+    except subprocess.CalledProcessError as ended:
+        code = ended.returncode
+    except ChildFailedError as ended:
+        code = ended.get_first_failure()[1].exitcode
+    except KeyboardInterrupt:
+        code = 128 + signal.SIGINT
+    except SignalException as ended:
+        code = 128 + ended.sigval
+    except (ValueError, FileNotFoundError) as mistake:  # of accelerate's own options: nothing else runs in here
+        fail(prog, mistake)
+    return code if code >= 0 else 128 - code
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Not accelerate's advice that one process is the default; that it found several GPUs is."""
+    message = record.getMessage()
+    return not message.startswith("The following values were not passed") or "More than one GPU" in message
+
+
+@contextmanager
+def _children_stopped():
+    """Leave no process behind, whether the launch ends, fails, is interrupted or is terminated."""
+
+    def terminate(number, frame):
+        raise SystemExit(128 + number)
+
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    others = set(psutil.Process().children(recursive=True))
+    previous = signal.signal(signal.SIGTERM, terminate) if in_main_thread else None
+    try:
+        yield
+    finally:
+        if in_main_thread:
+            signal.signal(signal.SIGTERM, previous)
+        alive = set(psutil.Process().children(recursive=True)) - others
+        _, alive = psutil.wait_procs(alive, timeout=3)  # Ctrl-C has reached them too
+        for end, patience in ((psutil.Process.terminate, 30), (psutil.Process.kill, 3)):
+            for process in alive:
+                with suppress(psutil.NoSuchProcess):
+                    end(process)
+            _, alive = psutil.wait_procs(alive, timeout=patience)

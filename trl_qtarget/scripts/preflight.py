@@ -1,0 +1,62 @@
+"""What `trl-qtarget sft` looks at before it launches anything."""
+
+from pathlib import Path
+
+
+CONFIGS = ("config.json", "adapter_config.json")
+
+
+def mistakes(script_args, training_args, model_args, dataset_args) -> list[str]:
+    """What would only come to light minutes later, or would destroy something."""
+    teacher, folder = training_args.teacher_model_name_or_path, Path(training_args.output_dir)
+    found = [
+        *_no_model("model_name_or_path", model_args.model_name_or_path),
+        *_no_model("teacher_model_name_or_path", teacher),
+        *_no_checkpoint(checkpoint(training_args), folder),
+    ]
+    if model_args.model_name_or_path is None:
+        found.append("no model: pass --model_name_or_path with a folder or a name of the Hub")
+    if "teacher" in training_args.target().needs and teacher is None:
+        found.append(f"loss {training_args.loss!r} needs a teacher: pass --teacher_model_name_or_path")
+    if not dataset_args.datasets and script_args.dataset_name is None:
+        found.append("no data: pass --dataset_name, or list `datasets` in the YAML file")
+    overwrites = any(getattr(args, "overwrite_output_dir", False) for args in (script_args, training_args))
+    if checkpoint(training_args) is None and not overwrites and _holds_model(folder):
+        found.append(
+            f"output_dir {folder} holds a finished model: give another --output_dir, go on from it with "
+            "--resume_from_checkpoint true, or replace it with --overwrite_output_dir"
+        )
+    return found
+
+
+def checkpoint(training_args) -> str | bool | None:
+    """`resume_from_checkpoint` as `Trainer.train` takes it: the command line has words only."""
+    value = training_args.resume_from_checkpoint
+    return {"true": True, "false": None, "none": None}.get(str(value).lower(), value)
+
+
+def _no_model(option: str, name: str | None) -> list[str]:
+    folder = Path(name or "")
+    if name is not None and _is_path(name) and not folder.is_dir():
+        return [f"{option}: there is no folder {name}"]
+    if name is not None and folder.is_dir() and not any((folder / file).is_file() for file in CONFIGS):
+        return [f"{option}: the folder {name} holds no model (no config.json)"]
+    return []
+
+
+def _is_path(name: str) -> bool:
+    """Whether it cannot be a name of the Hub, which is `name` or `owner/name`."""
+    return name.startswith((".", "/", "~")) or name.endswith("/") or name.count("/") > 1 or "\\" in name
+
+
+def _holds_model(folder: Path) -> bool:
+    weights = [*folder.glob("*.safetensors"), *folder.glob("*model*.bin")]
+    return bool(weights) and any((folder / file).is_file() for file in CONFIGS)
+
+
+def _no_checkpoint(resumed: str | bool | None, folder: Path) -> list[str]:
+    if resumed is True and not any(folder.glob("checkpoint-*/trainer_state.json")):
+        return [f"resume_from_checkpoint: output_dir {folder} holds no checkpoint; leave it out to start from scratch"]
+    if isinstance(resumed, str) and not Path(resumed, "trainer_state.json").is_file():
+        return [f"resume_from_checkpoint: {resumed} is no checkpoint (no trainer_state.json)"]
+    return []

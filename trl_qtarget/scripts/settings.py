@@ -1,0 +1,41 @@
+"""`--print_config`: what a command line and its YAML file came to, and where each setting is from."""
+
+import json
+import re
+import sys
+from dataclasses import fields
+from typing import Any
+
+from .parsing import Parsed
+
+
+SECRET = re.compile(r"(^|hub_?|hf_?|access_?|auth_?)token$|key$|secret|passw", re.IGNORECASE)
+
+
+def show(parsed: Parsed, more: dict[str, tuple[Any, str]]) -> None:
+    """Print the settings that somebody made, and `more`: value and source by name."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("setting", "value", "from", box=None, pad_edge=False)
+    given = {f.name: getattr(values, f.name) for values in parsed.values for f in fields(values)}
+    rows = {name: (value, parsed.sources[name]) for name, value in given.items() if name in parsed.sources}
+    if parsed.launch:
+        rows["accelerate launch"] = (re.sub(r"(--aws\S*?[= ])\S+", r"\1***", " ".join(parsed.launch)), "")
+    for name, (value, source) in (rows | more).items():
+        shown = masked(name, value)
+        table.add_row(name, shown if isinstance(shown, str) else json.dumps(shown, default=_plain), source)
+    Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else 250).print(table)
+
+
+def masked(name: str, value: Any) -> Any:
+    """`value`, or stars if it is a secret; inside mappings too."""
+    if isinstance(value, dict):
+        return {key: masked(str(key), inner) for key, inner in value.items()}
+    if isinstance(value, str) and (SECRET.search(name) or value.startswith("hf_")):
+        return "***"
+    return value
+
+
+def _plain(value: Any) -> Any:
+    return getattr(value, "__dict__", None) or str(value)

@@ -1,0 +1,195 @@
+# /// script
+# dependencies = [
+#     "trl-qtarget[peft]",
+#     "trackio",
+#     "kernels",
+# ]
+# ///
+
+"""
+Supervised fine-tuning towards a target distribution. `trl-qtarget sft` runs this under `accelerate launch`.
+
+# Full training
+```bash
+trl-qtarget sft \
+    --model_name_or_path Qwen/Qwen2.5-0.5B \
+    --loss target_sft \
+    --teacher_model_name_or_path Qwen/Qwen2.5-1.5B-Instruct \
+    --dataset_name trl-lib/Capybara \
+    --learning_rate 2.0e-5 \
+    --num_train_epochs 1 \
+    --packing \
+    --per_device_train_batch_size 2 \
+    --gradient_accumulation_steps 8 \
+    --eos_token '<|im_end|>' \
+    --output_dir Qwen2.5-0.5B-Target-SFT
+```
+
+# LoRA, with a loss that takes the base weights for its reference
+```bash
+trl-qtarget sft \
+    --model_name_or_path Qwen/Qwen2.5-0.5B \
+    --loss asft \
+    --dataset_name trl-lib/Capybara \
+    --learning_rate 2.0e-4 \
+    --num_train_epochs 1 \
+    --packing \
+    --per_device_train_batch_size 2 \
+    --gradient_accumulation_steps 8 \
+    --eos_token '<|im_end|>' \
+    --use_peft \
+    --lora_r 32 \
+    --lora_alpha 16 \
+    --output_dir Qwen2.5-0.5B-ASFT-LoRA
+```
+"""
+
+import argparse
+import sys
+import warnings
+from dataclasses import dataclass, field
+from typing import Any
+
+from trl import ScriptArguments
+
+from trl_qtarget.registry import find
+from trl_qtarget.scripts.launching import accelerate_configs, make_launcher
+from trl_qtarget.scripts.parsing import Parsed, StrictParser, fail
+from trl_qtarget.scripts.preflight import checkpoint, mistakes
+
+
+PROG = "trl-qtarget sft"
+
+
+@dataclass
+class SFTScriptArguments(ScriptArguments):
+    """TRL's, and an option that Transformers had until version 5."""
+
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Train even though `output_dir` holds a finished model, and replace it."}
+    )
+
+
+def main(script_args, training_args, model_args, dataset_args) -> None:
+    train(make_trainer(script_args, training_args, model_args, dataset_args), script_args, training_args)
+
+
+def make_trainer(script_args, training_args, model_args, dataset_args):
+    """As TRL's script makes its own."""
+    from trl import get_peft_config, get_quantization_config
+
+    from trl_qtarget import TargetSFTTrainer
+
+    training_args.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "trust_remote_code": training_args.trust_remote_code,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        **(training_args.model_init_kwargs or {}),
+    }
+    data = _load_data(script_args, dataset_args)
+    evaluates = training_args.eval_strategy != "no"
+    return TargetSFTTrainer(
+        model_args.model_name_or_path,
+        training_args,
+        train_dataset=_split(data, "dataset_train_split", script_args),
+        eval_dataset=_split(data, "dataset_test_split", script_args) if evaluates else None,
+        quantization_config=get_quantization_config(model_args),
+        peft_config=get_peft_config(model_args),
+    )
+
+
+def train(trainer, script_args, training_args) -> None:
+    trainer.train(resume_from_checkpoint=checkpoint(training_args))
+    trainer.save_model(training_args.output_dir)
+    trainer.accelerator.print(f"Model saved to {training_args.output_dir}.")
+    if training_args.push_to_hub:
+        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+        trainer.accelerator.print(f"Model pushed to https://huggingface.co/{trainer.hub_model_id}.")
+    if hasattr(trainer, "end"):  # Transformers 5.18: ends the trackers and the process group
+        trainer.end()
+
+
+def _load_data(script_args, dataset_args) -> Any:
+    from datasets import load_dataset
+    from trl import get_dataset
+
+    if not dataset_args.datasets:
+        name, config = script_args.dataset_name, script_args.dataset_config
+        return load_dataset(name, name=config, streaming=script_args.dataset_streaming)
+    if script_args.dataset_name:
+        warnings.warn("`datasets` and `dataset_name` are both given: `datasets` is used.", stacklevel=2)
+    return get_dataset(dataset_args)
+
+
+def _split(data: Any, option: str, script_args) -> Any:
+    name = getattr(script_args, option)
+    if name not in data:
+        raise ValueError(
+            f"The data has no split {name!r}, it has {', '.join(map(repr, data))}: pass --{option}, or for the test "
+            "split of `datasets` set test_split_size."
+        )
+    return data[name]
+
+
+def loss_settings(parsed: Parsed) -> dict[str, tuple[Any, str]]:
+    """The loss and its arguments for `--print_config`: value and source by name."""
+    training_args = parsed.values[1]
+    given = training_args.loss_kwargs or {}
+    rows = {"loss": (training_args.loss, parsed.sources.get("loss", "default"))}
+    for name, value in (find(training_args.loss).defaults | given).items():
+        rows[f"loss_kwargs.{name}"] = (value, parsed.sources["loss_kwargs"] if name in given else "default")
+    return rows
+
+
+def make_parser(subparsers: argparse._SubParsersAction | None = None, prog: str | None = None) -> StrictParser:
+    from trl import DatasetMixtureConfig, ModelConfig
+
+    from trl_qtarget import TargetSFTConfig
+
+    has_overwrite = "overwrite_output_dir" in TargetSFTConfig.__dataclass_fields__  # Transformers 4
+    script = ScriptArguments if has_overwrite else SFTScriptArguments
+    kinds = (script, TargetSFTConfig, ModelConfig, DatasetMixtureConfig)
+    if subparsers is not None:
+        return subparsers.add_parser("sft", help="Run the SFT training script", dataclass_types=kinds)
+    parser = StrictParser(
+        kinds,
+        launcher=make_launcher(),
+        prog=prog or PROG,
+        epilog="Options of `accelerate launch` (see its --help) are options here too, in YAML as well, "
+        f"and --accelerate_config with a file or one of {', '.join(accelerate_configs())}.",
+    )
+    for action in parser._actions:
+        if action.dest == "loss_type":
+            action.choices = None  # so that the configuration can say that it is --loss now
+    parser.add_argument(
+        "--print_config", action="store_true", help="Show the settings and where each is from, and do nothing else."
+    )
+    return parser
+
+
+def run() -> None:
+    """One process of the training. The user's mistakes are one sentence and exit code 2; a crash is a traceback."""
+    # of TRL's own default, which the user did not choose
+    warnings.filterwarnings("ignore", "`gradient_checkpointing` is deprecated", FutureWarning)
+    parsed = make_parser().parse()
+    script_args, training_args, *_ = parsed.values
+    found = mistakes(*parsed.values)
+    if len(parsed.own) < len(sys.argv) - 1:
+        found.append("options of `accelerate launch` belong before the script; `trl-qtarget sft` takes them anywhere")
+    if found:
+        fail(PROG, *found)
+    try:
+        trainer = make_trainer(*parsed.values)
+    except (ValueError, OSError) as mistake:
+        if training_args.log_level == "debug":
+            raise
+        fail(PROG, mistake)
+    train(trainer, script_args, training_args)
+
+
+if __name__ == "__main__":
+    try:
+        run()
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
