@@ -410,3 +410,10 @@ def test_the_fields_we_add_are_these_and_no_others():
         "loss", "loss_kwargs", "teacher_model_name_or_path", "teacher_model_revision", "teacher_model_init_kwargs",
         "trust_floor", "trust_token_ids", "qtarget_backend", "qtarget_chunk_size", "qtarget_self_check",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("loss", ["nll", "dft"])
+def test_mixed_precision_equals_trls_up_to_rounding(train, loss):
+    """Our logits come from one bfloat16 product, TRL's from float32 ones of the same bfloat16 inputs."""
+    ours, theirs = train(loss=loss, bf16=True), train(SFTTrainer, loss_type=loss, bf16=True)
+    same(logged(ours, "loss", "grad_norm"), logged(theirs, "loss", "grad_norm"), 2e-2)
