@@ -1,0 +1,147 @@
+"""Whole training steps of `TargetSFTTrainer` beside TRL's own trainers, on a real model and the same batches.
+
+    python recipes/smollm2-135m/prepare.py
+    python -m benchmarks.train
+
+A step is forward, backward and AdamW. Trainers take turns on the same batch, so that a slow spell of the machine falls
+on all; printed are medians of the ratios within a turn. Peak memory is that of a process of its own, above what it
+holds before its first step (weights, data, teacher).
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from datasets import load_dataset
+from rich.table import Table
+
+from benchmarks.kernel import RESULTS, console, provenance, resident
+
+
+ROOT = Path("runs/smollm2-135m")
+SHAPE = {"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "report_to": "none", "max_length": 512}
+TRAINERS = ["TRL nll", "TRL dft", "nll", "dft", "asft", "target_sft"]
+
+
+def make(name: str, args: argparse.Namespace, out: str) -> Any:
+    """A trainer that could start now."""
+    from trl import SFTConfig, SFTTrainer
+
+    from trl_qtarget import TargetSFTConfig, TargetSFTTrainer
+
+    data = load_dataset("json", data_files=str(args.data), split="train").select(range(args.rows * 8))
+    shape = {**SHAPE, "output_dir": out, "per_device_train_batch_size": args.rows, "learning_rate": 1e-6}
+    if name.startswith("TRL "):
+        return SFTTrainer(str(args.model), SFTConfig(**shape, loss_type=name.split()[1]), train_dataset=data)
+    teacher = {"teacher_model_name_or_path": str(args.teacher)} if name == "target_sft" else {}
+    config = TargetSFTConfig(**shape, loss=name, qtarget_self_check=False, **teacher)
+    return TargetSFTTrainer(str(args.model), config, train_dataset=data)
+
+
+def stepper(trainer: Any) -> Callable[[dict], None]:
+    """One training step on a batch."""
+    trainer.model.train()
+    trainer.create_optimizer()
+    trainer.current_gradient_accumulation_steps = 1
+
+    def step(batch: dict) -> None:
+        tokens = (batch["labels"][:, 1:] != -100).sum()
+        trainer.training_step(trainer.model, dict(batch), num_items_in_batch=tokens)
+        trainer.optimizer.step()
+        trainer.optimizer.zero_grad()
+
+    return step
+
+
+def measure(args: argparse.Namespace) -> float:
+    """Peak MiB of a few steps of one trainer."""
+    with tempfile.TemporaryDirectory() as out:
+        trainer = make(args.measure, args, out)
+        step, batches = stepper(trainer), trainer.get_train_dataloader()
+        Path("/proc/self/clear_refs").write_text("5")
+        before = resident("VmRSS")
+        for batch, _ in zip(batches, range(2), strict=False):
+            step(batch)
+        return (resident("VmHWM") - before) / 2**10
+
+
+def peak(name: str, args: argparse.Namespace) -> float:
+    words = ["--model", args.model, "--teacher", args.teacher, "--data", args.data, "--rows", str(args.rows)]
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "benchmarks.train", "--measure", name, *map(str, words)],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    return float(run.stdout.split()[-1])
+
+
+def compare(args: argparse.Namespace) -> list[dict]:
+    with tempfile.TemporaryDirectory() as out:
+        trainers = {name: make(name, args, out) for name in args.only}
+        steps = {name: stepper(trainer) for name, trainer in trainers.items()}
+        batches = list(trainers[args.only[0]].get_train_dataloader())
+        seconds: dict[str, list[float]] = {name: [] for name in args.only}
+        for turn in range(args.turns + 1):
+            batch = batches[turn % len(batches)]
+            for name, step in steps.items():
+                start = time.perf_counter()
+                step(batch)
+                if turn:  # the first one warms up
+                    seconds[name].append(time.perf_counter() - start)
+    tokens = statistics.mean(b["attention_mask"].sum().item() for b in batches)
+    base = args.only[0]
+    rows = []
+    for name in args.only:
+        ratios = [a / b for a, b in zip(seconds[name], seconds[base], strict=True)]
+        median = statistics.median(seconds[name])
+        rows.append({
+            "trainer": name, "rows": args.rows, "tokens": round(tokens), "seconds_a_step": round(median, 3),
+            f"to_{base.replace(' ', '_')}": round(statistics.median(ratios), 3),
+            "tokens_a_second": round(tokens / median),
+            "peak_mib": round(peak(name, args)) if args.memory else "",
+        })  # fmt: skip
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=ROOT / "model")
+    parser.add_argument("--teacher", type=Path, default=ROOT / "model")
+    parser.add_argument("--data", type=Path, default=ROOT / "train.jsonl")
+    parser.add_argument("--rows", type=int, default=2, help="rows of a batch")
+    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--only", nargs="+", choices=TRAINERS, default=TRAINERS)
+    parser.add_argument("--no_memory", dest="memory", action="store_false", help="time only")
+    parser.add_argument("--measure", choices=TRAINERS, help=argparse.SUPPRESS)  # the child process of `peak`
+    args = parser.parse_args()
+    warnings.simplefilter("ignore")
+    if args.measure:
+        print(measure(args))
+        return
+    rows = compare(args)
+    table = Table(*rows[0])
+    for row in rows:
+        table.add_row(*map(str, row.values()))
+    console.print(table)
+    facts = provenance(argparse.Namespace(device="cpu", dtype="float32"))
+    console.print(json.dumps(facts), style="dim")
+    path = RESULTS / f"train_cpu_{facts['date']}.csv"
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*rows[0], *facts])
+        writer.writeheader()
+        writer.writerows({**row, **facts} for row in rows)
+    console.print(f"Written to {path}.")
+
+
+if __name__ == "__main__":
+    main()
