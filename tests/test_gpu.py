@@ -71,4 +71,4 @@ def test_the_same_bits_every_time_and_no_logits_of_the_batch(name):
     assert torch.equal(first[0].token_loss, again[0].token_loss)
     assert (
         peak < 4 * V * D * 2 + 2**30
-    )  # the head's gradient, wide and cast, and a tile; logits would be 2.5 GB a model
+    )  # the gradient of the head, wide and cast, and a tile
