@@ -6,7 +6,7 @@ import os
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 
 
 @dataclass(frozen=True)
@@ -107,15 +107,18 @@ def table(results: Sequence[Result]):
     from rich.table import Table
 
     k = results[0].k
-    out = Table()
+    out = Table(box=None, pad_edge=False)
     out.add_column("model", overflow="fold")
+    # the end of a path tells models apart where it can, and leaves the numbers their room
+    ends = [PurePath(r.model).name for r in results]
+    names = ends if len(set(ends)) == len(ends) else [r.model for r in results]
     gain = ["gain"] if len(results) > 1 else []
     for name in (f"Average@{k}", *gain, "greedy", f"pass@{k}", "tokens", "ended"):
         out.add_column(name, justify="right", no_wrap=True)
-    for r in results:
+    for model, r in zip(names, results, strict=True):
         gained = [with_error(r.gain, r.gain_se, sign="+")] if gain else []
         out.add_row(
-            escape(r.model),
+            escape(model),
             with_error(r.average_at_k, r.average_at_k_se),
             *gained,
             with_error(r.greedy, r.greedy_se),
