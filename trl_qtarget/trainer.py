@@ -17,7 +17,7 @@ from . import compat
 from .checks import refuse
 from .config import TargetSFTConfig, as_target_config
 from .data import TOKEN_COLUMNS, TokenColumnCollator, trajectories
-from .head import SUMS, ScoredOutput, Scorer, install, read_teacher
+from .head import SUMS, ScoredOutput, Scorer, install
 from .target import Target
 from .teachers.base import ProjectedLogits
 from .teachers.models import AdaptersOff, FrozenModel, Snapshot, base_model, load
@@ -93,7 +93,6 @@ class TargetSFTTrainer(SFTTrainer):
         self.target = self.target.trusting(args.trust_floor, self._trusted_ids())
         self._columns: int | None = None
         self._teacher = self._make_teacher(teacher_model, reference)
-        self._snapshot = Snapshot(self.model, self.target.snapshot_every) if "snapshot" in self.target.needs else None
         self._checked = not args.qtarget_self_check
         self._sums: dict[str, list[Tensor]] = {"train": [], "eval": []}
 
@@ -114,6 +113,8 @@ class TargetSFTTrainer(SFTTrainer):
         return copy.deepcopy(model)
 
     def _make_teacher(self, teacher: Any, reference: Any) -> Any:
+        if "snapshot" in self.target.needs:
+            return Snapshot(self.model, self.target.snapshot_every)
         if not self._needs_model():
             return None
         if reference is not None:
@@ -212,16 +213,9 @@ class TargetSFTTrainer(SFTTrainer):
             )
         if self.target.whole_batch:
             scorer.trajectory = trajectories(inputs)
-        if self._snapshot is not None:
-            if mode == "train":
-                self._snapshot.renew(self.state.global_step)
-            if self._snapshot.weights:
-                scorer.reference_log_p_y = self._log_p_y(self._snapshot.read(plain), inputs["labels"])
-            else:  # evaluated before the first update: the model of then is the model of now
-                scorer.reference_log_p_y = self._log_p_y(
-                    read_teacher(model=self.model, inputs=plain), inputs["labels"]
-                )
-        elif self.target.needs_teacher_logits:
+        if isinstance(self._teacher, Snapshot) and mode == "train":
+            self._teacher.renew(self.state.global_step)
+        if self.target.needs_teacher_logits:
             scorer.teacher = self._teacher.read(plain)
         elif self._teacher is not None:
             scorer.reference_log_p_y = self._log_p_y(self._teacher.read(plain), inputs["labels"])

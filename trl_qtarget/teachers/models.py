@@ -59,7 +59,10 @@ class AdaptersOff:
 
 
 class Snapshot:
-    """The student of at most `every` optimizer updates ago: copies of its trainable weights, swapped in to be read."""
+    """The student of at most `every` optimizer updates ago: copies of its trainable weights, swapped in to be read.
+
+    Before the first update, as in an evaluation of the untrained model, it is the student itself.
+    """
 
     def __init__(self, model: Any, every: int):
         self.model, self.every = model, every
