@@ -20,7 +20,7 @@ LABELS = {
     "target_sft": "Target-SFT\n(target_sft)",
     "teacher": "teacher",
 }
-COLORS = {"nll": "#7a9cc6", "dft": "#e0a458", "target_sft": "#3a7d44"}  # everything else is grey
+COLORS = {"nll": "#7a9cc6", "dft": "#e0a458", "target_sft": "#6bb077"}  # everything else is grey
 
 
 @dataclass(frozen=True)
