@@ -17,7 +17,7 @@ help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1: /p' $(MAKEFILE_LIST) | awk -F': ' '{printf "  make %-11s %s\n", $$1, $$2}'
 
 quickstart: $(VENV)/.installed-plot  ## train and compare three losses on a tiny pretrained model, a few minutes
-	$(BIN)/python recipes/quickstart/run.py
+	$(BIN)/python recipes/quickstart/run.py $(ARGS)
 
 test: $(VENV)/.installed-test,lint  ## the whole default suite (JOBS=2 processes; ARGS='-k dft' passes options to pytest)
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from trl_qtarget import PRESETS, ProjectedLogits, Residual, Target, TopKLogits, build, qtarget_loss, reference_loss
+from trl_qtarget.kernels import torch_tiles
 
 
 SIGNATURE = {"prift": {"statistic": "mass"}}
@@ -202,6 +203,26 @@ def test_inputs_need_not_be_contiguous_and_may_have_more_axes():
     torch.testing.assert_close(out.token_loss.flatten(), flat.token_loss)
 
 
+def test_rank_mass_counts_the_label_once_and_nothing_of_its_rank():
+    logits, labels = torch.tensor([[0.0, 0.0, 1.0, 2.0]]), torch.tensor([1])
+    q = logits.double().softmax(-1)
+    torch.testing.assert_close(torch_tiles.rank_mass(logits.double(), labels), q[:, 1])
+    torch.testing.assert_close(torch_tiles.rank_mass(logits.double(), torch.tensor([3])), torch.ones(1).double())
+
+
+def test_entropy_of_a_certain_row_is_not_negative():
+    out = qtarget_loss(torch.eye(1) * 30, torch.randn(64, 1), torch.tensor([0]), build("nll"))
+    assert (out.entropy >= 0).all()
+
+
+def test_psft_clamps_the_ratio_and_gives_no_gradient_beyond_the_clamp():
+    z = torch.tensor([[0.0, 60.0], [0.0, 60.0]], dtype=torch.float64, requires_grad=True)
+    old = torch.tensor([-30.0, -90.0], dtype=torch.float64)  # log ratios -30 and +30
+    loss = reference_loss(z, torch.tensor([0, 0]), build("psft", eps_high=1e12), reference_log_p_y=old)
+    torch.testing.assert_close(loss, -torch.tensor([-20.0, 20.0], dtype=torch.float64).exp().sum())
+    assert (torch.autograd.grad(loss, z)[0] == 0).all()
+
+
 # Sparse teachers
 
 
@@ -342,6 +363,8 @@ def test_no_logits_of_the_whole_batch_are_ever_allocated(name):
         ({"labels": torch.zeros(3, dtype=torch.long)}, "labels has 3 rows, hidden has 13"),
         ({"weight": torch.zeros(67, 9)}, "hidden is 8 wide, weight is 9"),
         ({"backend": "cuda"}, "Unknown backend 'cuda'"),
+        ({"chunk_size": 0}, "chunk_size must be at least 1"),
+        ({"softcap": 0.0}, "softcap must be positive"),
     ],
 )
 def test_what_does_not_fit_is_said_in_one_sentence(kwargs, message):

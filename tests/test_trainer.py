@@ -12,6 +12,7 @@ from trl import SFTConfig, SFTTrainer
 
 from trl_qtarget import TargetSFTConfig, TargetSFTTrainer, compat
 from trl_qtarget.config import TargetSFTConfig as Config
+from trl_qtarget.data import trajectories
 
 
 QUIET = {
@@ -259,19 +260,11 @@ def test_trust_floor_and_trusted_tokens(train, tokenizer):
         train(loss="dft", trust_token_ids=["<nope>"], go=False)
 
 
-def test_token_weights_mask_and_scale(train, tokenizer, rows):
-    def tokenized(weight):
-        out = []
-        for row in rows(8):
-            ids = tokenizer(row["prompt"] + row["completion"])["input_ids"]
-            out.append({"input_ids": ids, "labels": ids, "token_weight": [weight(i) for i in range(len(ids))]})
-        return Dataset.from_list(out)
-
-    double = train(loss="nll", data=tokenized(lambda i: 2.0), max_steps=1)
-    plain = train(loss="nll", data=tokenized(lambda i: 1.0), max_steps=1)
+def test_token_weights_scale_the_loss(train, tokenizer, rows):
+    double, plain = (
+        train(loss="nll", data=weighted(tokenizer, rows(8), lambda i, w=w: w), max_steps=1) for w in (2.0, 1.0)
+    )
     assert logged(double, "loss")[0][0] == pytest.approx(2 * logged(plain, "loss")[0][0])
-    critical = train(loss="critical_token", data=tokenized(lambda i: i % 2), max_steps=1)
-    assert 0.3 < logged(critical, "qtarget/trust")[0][0] < 0.7
     with pytest.raises(ValueError, match="reads a token_weight column"):
         train(loss="critical_token")
 
@@ -341,6 +334,85 @@ def test_saved_models_load_without_the_package(train, tiny_model, tmp_path):
     assert "2606.11189" in (tmp_path / "out/README.md").read_text() or card.exists()
 
 
+def weighted(tokenizer, rows, weights):
+    """Tokenized rows whose n-th token has the n-th weight."""
+    out = []
+    for row in rows:
+        ids = tokenizer(row["prompt"] + row["completion"])["input_ids"]
+        out.append({"input_ids": ids, "labels": ids, "token_weight": [weights(i) for i in range(len(ids))]})
+    return Dataset.from_list(out)
+
+
+def test_a_weight_is_that_of_the_token_that_is_predicted(train, tokenizer):
+    data = Dataset.from_list(
+        [{"input_ids": [5, 6, 7, 8, 9], "labels": [-100, -100, 7, 8, 9], "token_weight": [0, 0, 1, 0, 1]}] * 4
+    )
+    trust = logged(train(loss="critical_token", data=data, max_steps=1), "qtarget/trust")
+    assert trust[0][0] == pytest.approx(2 / 3)
+    cut = train(loss="critical_token", data=data, max_steps=1, max_length=4)  # the last token goes, and its weight
+    assert logged(cut, "qtarget/trust")[0][0] == pytest.approx(1 / 2)
+
+
+def test_weights_that_would_come_apart_from_their_tokens_are_refused(train, tokenizer, rows):
+    data = weighted(tokenizer, rows(8), lambda i: 1.0)
+    with pytest.raises(ValueError, match="Packing would lose the column token_weight"):
+        train(loss="nll", data=data, packing=True, max_length=32, go=False)
+    short = data.map(lambda row: {"token_weight": row["token_weight"][:2]})
+    with pytest.raises(ValueError, match="input_ids and 2 numbers in token_weight"):
+        train(loss="nll", data=short, go=False)
+    untokenized = Dataset.from_list([{**row, "token_weight": [1.0]} for row in rows(8)])
+    with pytest.raises(ValueError, match="its rows must be tokenized"):
+        train(loss="nll", data=untokenized, go=False)
+
+
+def test_documents_of_different_rows_are_different_trajectories():
+    positions = torch.tensor([[0, 1, 0, 1], [0, 1, 2, 3]])
+    found = trajectories({"labels": torch.zeros(2, 4), "position_ids": positions})
+    assert torch.equal(found.unique(return_inverse=True)[1], torch.tensor([[0, 0, 1, 1], [2, 2, 2, 2]]))
+
+
+def test_a_reference_knows_no_dropout(train, tiny_model):
+    config = {**LORA, "lora_dropout": 0.0}
+    torch.manual_seed(0)
+    noisy = tiny_model(seed=1, attention_dropout=0.5)
+    off = train(loss="sft_kl", model=noisy, peft=LoraConfig(**config), max_steps=1)
+    twice = [off._teacher.read({"input_ids": torch.tensor([[5, 6, 7, 8]])}).hidden for _ in range(2)]
+    assert torch.equal(*twice)
+    assert off.model.training
+
+
+def test_the_student_itself_may_be_given_as_its_teacher(train, tiny_model):
+    model = tiny_model(seed=1)
+    trainer = train(loss="target_sft", model=model, teacher=model, max_steps=1)
+    same(logged(trainer, "grad_norm"), logged(train(loss="dft", max_steps=1), "grad_norm"), 1e-4)
+
+
+def test_a_resumed_psft_remembers_the_same_model(train, tmp_path):
+    def run():
+        return train(
+            loss="psft", loss_kwargs={"refresh": 3}, max_steps=5, go=False,
+            save_strategy="steps", save_steps=2, output_dir=str(tmp_path / "run"),
+        )  # fmt: skip
+
+    whole, resumed = run(), run()
+    whole.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run/checkpoint-2"))
+    for a, b in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_head_that_does_more_than_its_configuration_says_is_noticed(train, tiny_model):
+    model = tiny_model(seed=1)
+    model.lm_head.register_forward_hook(lambda module, args, out: 2 * out)
+    with pytest.raises(RuntimeError, match="does something to its logits"):
+        train(loss="nll", model=model)
+
+
+def test_a_teacher_that_lacks_tokens_is_refused(train, tiny_model, tokenizer):
+    with pytest.raises(ValueError, match="must know every token of the student"):
+        train(loss="target_sft", teacher=teacher(tiny_model, vocab_size=50), go=False)
+
+
 # Refusals
 
 
@@ -385,6 +457,9 @@ def test_refusals_come_before_the_data(tiny_model, tokenizer, tmp_path):
         make("target_sft")
     with pytest.raises(ValueError, match="compute_loss_func would replace"):
         make("dft", compute_loss_func=lambda *a, **k: 0)
+    args = TargetSFTConfig(**QUIET, output_dir=str(tmp_path), loss="dft")
+    with pytest.raises(ValueError, match="compute_loss_func would replace"):  # by position, as TRL allows
+        TargetSFTTrainer(tiny_model(), args, None, Untouched(), None, tokenizer, lambda *a, **k: 0)
     with pytest.raises(ValueError, match="lm_head would never be trained"):
         make("dft", peft_config=LoraConfig(target_modules=["lm_head"]))
 

@@ -5,9 +5,31 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
+from transformers import AutoTokenizer
+
 from . import compat
 from .config import TargetSFTConfig
 from .target import Target
+from .teachers.vocab import require_same_tokens
+
+
+def compare_tokenizers(model: Any, teacher: Any, processing_class: Any, args: TargetSFTConfig) -> None:
+    """Refuse a teacher of other token ids, as far as both tokenizers can be found: models made in memory have none."""
+    names = [m if isinstance(m, str) else m.config._name_or_path for m in (model, teacher)]
+    revisions = [None, args.teacher_model_revision]
+    tokenizers = [getattr(processing_class, "tokenizer", processing_class), None]
+    for i, name in enumerate(names):
+        if tokenizers[i] is None and name:
+            try:
+                tokenizers[i] = AutoTokenizer.from_pretrained(
+                    name, revision=revisions[i], trust_remote_code=args.trust_remote_code
+                )
+            except (OSError, ValueError):
+                if i == 1:
+                    warnings.warn(f"No tokenizer beside the teacher {name!r}: its ids are not checked.", stacklevel=4)
+    student, taught = tokenizers
+    if student is not None and taught is not None:
+        require_same_tokens(student, taught)
 
 
 def refuse(args: TargetSFTConfig, target: Target, teacher: Any, kwargs: dict[str, Any]) -> None:

@@ -35,6 +35,7 @@ from .teachers.base import ProjectedLogits
 Reader = Callable[[Tensor, Tensor, Head, Tensor | None], Any]
 
 SELF_CHECK_TOKENS = 64
+SOFTCAPS = ("final_logit_softcapping", "output_logit_soft_cap", "logits_soft_cap")  # as configurations call it
 
 
 def install(model: PreTrainedModel) -> None:
@@ -64,7 +65,8 @@ def read_head(model: PreTrainedModel) -> Head:
     head: Any = model.get_output_embeddings()
     config = model.config.get_text_config()
     weight, bias = (x.full_tensor() if hasattr(x, "full_tensor") else x for x in (head.weight, head.bias))
-    return Head(weight, bias, _logit_scale(config), getattr(config, "final_logit_softcapping", None))
+    softcap = next((getattr(config, name) for name in SOFTCAPS if getattr(config, name, None) is not None), None)
+    return Head(weight, bias, _logit_scale(config), softcap)
 
 
 def _logit_scale(config: Any) -> float:
@@ -122,6 +124,31 @@ class ScoredOutput(ModelOutput):
     total: Tensor | None = None  # () sum over them; both carry the gradient
     sums: Tensor | None = None  # (len(SUMS),) detached
     aux_loss: Tensor | None = None  # ()
+
+
+@torch.no_grad()
+def check_head(model: Any, input_ids: Tensor, half: bool) -> None:
+    """Raise unless hidden states times head are the logits of the model's own forward, on a few tokens.
+
+    A model may transform, cap or scale its logits in a way that no configuration names; any loss computed from its
+    hidden states would then be a loss of another model. In half precision, two ways to round logits of 30 differ by a
+    tenth of a nat already.
+    """
+    few = input_ids[:1, :SELF_CHECK_TOKENS]
+    own = model(input_ids=few).logits.float().log_softmax(-1)
+    read = read_teacher(model, {"input_ids": few})
+    head = Head(read.weight, read.bias, read.logit_scale, read.softcap)
+    with gathered(head.weight, head.bias):
+        ours = _dense(read.hidden, head).log_softmax(-1)
+        half = half or head.weight.dtype in (torch.float16, torch.bfloat16)
+    top = own.argmax(-1, keepdim=True)
+    error = (own - ours).gather(-1, top).abs().mean()
+    if error > (0.25 if half else 0.01):
+        raise RuntimeError(
+            f"{type(model).__name__} does something to its logits that trl_qtarget does not know of: computed from "
+            f"hidden states and head, its log-probabilities are off by {error:.3f} nats. Train it with TRL's "
+            "SFTTrainer, and please report the model's name."
+        )
 
 
 SUMS = ("tokens", "nll", "entropy", "top1", "trust", "moved", "target_p_y", "grad_mass")

@@ -78,7 +78,7 @@ def qtarget_loss(
         target=target,
         tiles=tiles_for(backend, hidden.device),
         labels=labels,
-        teacher=teacher,
+        teacher=_flat_teacher(teacher),
         reference_log_p_y=_flat(reference_log_p_y),
         token_weight=_flat(token_weight),
         trajectory=_flat(trajectory),
@@ -101,6 +101,12 @@ def qtarget_loss(
 
 def _flat(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.reshape(-1)
+
+
+def _flat_teacher(teacher: TeacherLogits | None) -> TeacherLogits | None:
+    if isinstance(teacher, ProjectedLogits):
+        return replace(teacher, hidden=teacher.hidden.reshape(-1, teacher.hidden.shape[-1]))
+    return teacher
 
 
 def _take(job: Job, keep: Tensor) -> Job:
@@ -137,6 +143,10 @@ def _spread(x: Tensor, keep: Tensor, shape: torch.Size) -> Tensor:
 
 def _check(hidden: Tensor, head: Head, job: Job) -> None:
     N = len(hidden)
+    if job.chunk_size is not None and job.chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1 token, got {job.chunk_size}.")
+    if head.softcap is not None and head.softcap <= 0:
+        raise ValueError(f"softcap must be positive, or None for no cap, got {head.softcap}.")
     named = {
         "labels": job.labels,
         "teacher": job.teacher,

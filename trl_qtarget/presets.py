@@ -226,9 +226,9 @@ def prift(statistic: Literal["prob", "mass"] = "prob", threshold: Share = 0.5) -
 
 @preset("talr", paper="2509.20758")
 def talr(floor: Share = 0.01) -> Target:
-    """Token-adaptive loss reweighting: soften p by how hard the batch is.
+    """Token-adaptive loss reweighting: soften p by how hard the micro-batch is, so it depends on how batches are cut.
 
-    gamma = max(p^(1 / tau), floor)    pi~ = pi    s = 1    (tau: median over the batch of a trajectory's mean nll)
+    gamma = max(p^(1 / tau), floor)    pi~ = pi    s = 1    (tau: median over a micro-batch of a trajectory's mean nll)
     """
 
     def trust(t):

@@ -174,12 +174,24 @@ def _find_in_module(loss: str) -> Preset:
     by_name = {p.name: p for p in own}
     if name in by_name:
         return by_name[name]
-    if not callable(made):
+    if not _makes_a_target(made, module):
         choices = sorted({*by_name, *(set(PRESETS) - before)}) or [n for n in vars(module) if not n.startswith("_")]
         guess = difflib.get_close_matches(name, choices, n=1)
         hint = f" Did you mean {source}:{guess[0]}?" if guess else ""
-        raise ValueError(f"{source} has no loss {name!r}.{hint}")
+        raise ValueError(
+            f"{source} has no loss {name!r}.{hint} A loss is a function with the decorator @preset, or one whose "
+            "annotation says that it returns a Target."
+        )
     return next((p for p in own if p.make is made), Preset(loss, cast(Any, made)))
+
+
+def _makes_a_target(made: Any, module: Any) -> bool:
+    """Whether it is meant as a loss: a function of this very module that says it returns a Target.
+
+    A recipe names a loss by text, and a text must not be able to call whatever a module happens to hold.
+    """
+    returns = getattr(made, "__annotations__", {}).get("return")
+    return getattr(made, "__module__", None) == module.__name__ and returns in (Target, "Target")
 
 
 def _import(source: str, loss: str) -> Any:

@@ -3,27 +3,29 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import textwrap
-import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedModel, Trainer, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTConfig, SFTTrainer
 
 from . import compat
-from .checks import refuse
+from .checks import compare_tokenizers, refuse
 from .config import TargetSFTConfig, as_target_config
-from .data import TOKEN_COLUMNS, TokenColumnCollator, trajectories
-from .head import SUMS, ScoredOutput, Scorer, install
+from .data import TOKEN_COLUMNS, TokenColumnCollator, check_token_columns, cut_token_columns, trajectories
+from .head import SUMS, ScoredOutput, Scorer, check_head, install
 from .target import Target
 from .teachers.base import ProjectedLogits
-from .teachers.models import AdaptersOff, FrozenModel, Snapshot, base_model, load
-from .teachers.vocab import common_columns
+from .teachers.models import AdaptersOff, FrozenModel, Snapshot, base_model, evaluating, load
 
 
+POSITIONAL = list(inspect.signature(SFTTrainer.__init__).parameters)[3:]  # after self, model, args
 METRICS = {"nll": "nll", **{f"qtarget/{name}": name for name in ("trust", "moved", "target_p_y", "grad_mass")}}
 TRL_METRICS = {"entropy": "entropy", "mean_token_accuracy": "top1"}
 
@@ -80,12 +82,17 @@ class TargetSFTTrainer(SFTTrainer):
         teacher_model: PreTrainedModel | str | None = None,
         **kwargs: Any,
     ):
+        kwargs |= dict(zip(POSITIONAL, positional, strict=False))
         args = as_target_config(args, model, teacher_model)
         self.target = args.target()
         teacher_model = teacher_model or args.teacher_model_name_or_path
         refuse(args, self.target, teacher_model, kwargs)
+        if teacher_model is not None and self._needs_model():
+            compare_tokenizers(model, teacher_model, kwargs.get("processing_class"), args)
+        if teacher_model is model and not isinstance(model, str):
+            teacher_model = copy.deepcopy(model)  # freezing the teacher must not freeze the student
         reference = self._copy_of_initial(model, args, teacher_model, kwargs.get("peft_config"))
-        super().__init__(model, args, *positional, **kwargs)
+        super().__init__(model, args, **kwargs)
         compat.check_trainer(self)
         if not self._is_vision_dataset:
             self.data_collator = TokenColumnCollator(self.data_collator)
@@ -125,30 +132,25 @@ class TargetSFTTrainer(SFTTrainer):
             given: Any = self.args.teacher_model_init_kwargs or {}  # a mapping by now
             revision = self.args.teacher_model_revision
             teacher = load(teacher, self.args, **given, **({} if revision is None else {"revision": revision}))
-        self._columns = self._compare_vocabularies(teacher)
+        self._columns = self._common_columns(teacher)
         return FrozenModel(teacher, self.accelerator)
 
-    def _compare_vocabularies(self, teacher: Any) -> int | None:
+    def _common_columns(self, teacher: Any) -> int | None:
+        """Over how many first ids the two are compared, where their heads differ in size."""
         sizes = [len(m.get_output_embeddings().weight) for m in (base_model(self.model), teacher)]
-        name = teacher.config._name_or_path
-        padded = None if sizes[0] == sizes[1] else min(len(self._tokenizer), *sizes)
-        if not name:  # a model made in memory comes with no tokenizer to compare
-            return padded
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(
-                name, revision=self.args.teacher_model_revision, trust_remote_code=self.args.trust_remote_code
+        if sizes[1] < len(self._tokenizer):
+            raise ValueError(
+                f"The teacher has {sizes[1]} tokens and the student's tokenizer {len(self._tokenizer)}: a teacher "
+                "must know every token of the student."
             )
-        except (OSError, ValueError):
-            warnings.warn(f"No tokenizer beside the teacher ({name!r}): its token ids are not checked.", stacklevel=3)
-            return padded
-        return common_columns(self._tokenizer, tokenizer, *sizes)
+        return None if sizes[0] == sizes[1] else min(len(self._tokenizer), *sizes)
 
     def _trusted_ids(self) -> list[int]:
         ids: set[Any] = set()
         for token in self.args.trust_token_ids or []:
             if token == "special":
                 ids.update(self._tokenizer.all_special_ids)
-            elif str(token).isdigit():
+            elif str(token).isdigit() and int(token) < len(self._tokenizer):
                 ids.add(int(token))
             elif token in self._tokenizer.get_vocab():
                 ids.add(self._tokenizer.convert_tokens_to_ids(token))
@@ -159,6 +161,12 @@ class TargetSFTTrainer(SFTTrainer):
         return sorted(ids)
 
     # Data
+
+    def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
+        """As SFTTrainer prepares it, with the token columns cut where it cuts the tokens."""
+        dataset = check_token_columns(dataset, packing, args.truncation_mode)
+        dataset = super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
+        return cut_token_columns(dataset)
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
@@ -194,7 +202,10 @@ class TargetSFTTrainer(SFTTrainer):
                 "The loss head of trl_qtarget was not used: something has replaced the model's forward since the "
                 "trainer was made, and this loss would silently not be trained."
             )
-        self._checked = True
+        if not self._checked and mode == "train" and not self._is_vision_dataset:
+            with evaluating(self.model):
+                check_head(model, inputs["input_ids"], half=self.args.bf16 or self.args.fp16)
+        self._checked = self._checked or mode == "train"
         self._collect(out, inputs, mode)
         if not return_outputs:
             return loss
@@ -239,11 +250,24 @@ class TargetSFTTrainer(SFTTrainer):
             loss = loss + out.aux_loss * (self.router_aux_loss_coef / steps)
         return loss
 
+    # Checkpoints: what psft remembers is part of the run
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        if isinstance(self._teacher, Snapshot) and self.args.should_save:
+            folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            self._teacher.save(folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if isinstance(self._teacher, Snapshot):
+            self._teacher.load(Path(resume_from_checkpoint))
+
     # Metrics
 
     def _collect(self, out: ScoredOutput, inputs: dict[str, Any], mode: str) -> None:
         """Add up over ranks what this batch says; nothing waits for the device before it is logged."""
-        seen = inputs["attention_mask"].sum() if "attention_mask" in inputs else inputs["position_ids"].shape[-1]
+        seen = inputs["attention_mask"].sum() if "attention_mask" in inputs else inputs["input_ids"].numel()
         aux = out.aux_loss.detach() if self.aux_loss_enabled else 0.0
         extra = torch.stack([torch.as_tensor(x, dtype=torch.float32, device=out.sums.device) for x in (seen, aux)])
         reduced: Any = self.accelerator.reduce(torch.cat([out.sums.detach(), extra]), reduction="sum")

@@ -52,7 +52,8 @@ def table(scores: dict[str, Score], k: int) -> Table:
     for name, score in scores.items():
         cells = map(mean_and_error, (score.average, score.greedy, score.pass_at_k))
         out.add_row(name, *cells, f"{statistics.mean(score.seconds):.1f} s" if score.seconds else "")
-    out.caption = f"+- standard error over {len(scores['nll'].average)} draws of the demonstrations"
+    draws = len(scores["nll"].average)
+    out.caption = f"+- standard error over {draws} draws of the demonstrations" if draws > 1 else "one draw: no errors"
     for loss in ("nll", "dft"):
         pairs = zip(scores["target_sft"].average, scores[loss].average, strict=True)
         out.caption += f"\nAverage@{k}, target_sft minus {loss}: {mean_and_error([a - b for a, b in pairs], '+')}"
@@ -64,14 +65,12 @@ def draw(scores: dict[str, Score], k: int, path: Path) -> None:
     figure, axes = plt.subplots(figsize=(8, 4.8), layout="constrained")
     for x, (name, score) in enumerate(scores.items()):
         mean = statistics.mean(score.average)
-        axes.bar(
-            x, mean, 0.62, yerr=error(score.average) or None, capsize=5, color=COLORS.get(name, "#c9c9c9"), zorder=2
-        )
+        color = COLORS.get(name, "#c9c9c9")
+        axes.bar(x, mean, 0.62, yerr=error(score.average), capsize=5, color=color, zorder=2)
         axes.text(x, mean / 2, f"{mean:.1f}", ha="center", va="center", weight="bold", fontsize=13, zorder=4)
         for values, marker, size, label in ((score.greedy, "D", 7, "greedy"), (score.pass_at_k, "_", 22, f"pass@{k}")):
-            axes.plot(
-                x, statistics.mean(values), marker, color="#333333", ms=size, label=None if x else label, zorder=3
-            )
+            label = label if x == 0 else None
+            axes.plot(x, statistics.mean(values), marker, color="#333333", ms=size, label=label, zorder=3)
     draws = len(scores["nll"].average)
     axes.set_title(
         "One small student, three losses, the same noisy demonstrations\n"

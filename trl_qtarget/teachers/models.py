@@ -9,15 +9,21 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
+from safetensors import safe_open
+from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from ..compat import create_model, prepare_frozen
 from ..head import install, read_teacher
 from .base import ProjectedLogits
+
+
+SNAPSHOT_FILE = "qtarget_snapshot.safetensors"
 
 
 def load(path: str, args: Any, **kwargs: Any) -> PreTrainedModel:
@@ -74,6 +80,20 @@ class Snapshot:
         if not self.weights or (step % self.every == 0 and step != self.taken_at):
             self.weights = {n: p.detach().clone() for n, p in self.model.named_parameters() if p.requires_grad}
             self.taken_at = step
+
+    def save(self, folder: Path) -> None:
+        """Keep it in a checkpoint, so that a resumed run remembers the same model."""
+        weights = {name: weight.contiguous() for name, weight in self.weights.items()}
+        save_file(weights, folder / SNAPSHOT_FILE, metadata={"taken_at": str(self.taken_at)})
+
+    def load(self, folder: Path) -> None:
+        """Take it from a checkpoint that has one."""
+        if not (folder / SNAPSHOT_FILE).is_file():
+            return
+        devices = {name: p.device for name, p in self.model.named_parameters()}
+        with safe_open(folder / SNAPSHOT_FILE, "pt") as file:
+            self.weights = {name: file.get_tensor(name).to(devices[name]) for name in file.keys()}  # noqa: SIM118
+            self.taken_at = int(file.metadata()["taken_at"])
 
     def read(self, inputs: dict[str, Any]) -> ProjectedLogits:
         with evaluating(self.model), self._swapped():
