@@ -62,3 +62,24 @@ def refuse(args: TargetSFTConfig, target: Target, teacher: Any, kwargs: dict[str
             f"Loss {loss!r} cannot be trained with sequence parallelism: a second model would attend within each "
             "rank's part of the sequence only. Use a loss without teacher or reference, or sp_size=1."
         )
+
+
+def trusted_ids(tokenizer: Any, tokens: list[str]) -> list[int]:
+    """The ids of `trust_token_ids`: ids as they are, tokens, and "special" for all special tokens.
+
+    Raises:
+        ValueError: neither a token nor the id of one.
+    """
+    ids: set[int] = set()
+    for token in map(str, tokens):
+        if token == "special":
+            ids.update(tokenizer.all_special_ids)
+        elif token.isdigit() and int(token) < len(tokenizer):
+            ids.add(int(token))
+        elif token in tokenizer.get_vocab():
+            ids.add(tokenizer.convert_tokens_to_ids(token))
+        else:
+            raise ValueError(
+                f"trust_token_ids: {token!r} is no token of this tokenizer. Give ids, tokens or 'special'."
+            )
+    return sorted(ids)

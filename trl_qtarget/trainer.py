@@ -16,7 +16,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTConfig, SFTTrainer
 
 from . import compat
-from .checks import compare_tokenizers, refuse
+from .checks import compare_tokenizers, refuse, trusted_ids
 from .config import TargetSFTConfig, as_target_config
 from .data import TOKEN_COLUMNS, TokenColumnCollator, check_token_columns, cut_token_columns, trajectories
 from .head import SUMS, ScoredOutput, Scorer, check_head, install
@@ -97,7 +97,7 @@ class TargetSFTTrainer(SFTTrainer):
         if not self._is_vision_dataset:
             self.data_collator = TokenColumnCollator(self.data_collator)
         install(base_model(self.model))
-        self.target = self.target.trusting(args.trust_floor, self._trusted_ids())
+        self.target = self.target.trusting(args.trust_floor, trusted_ids(self._tokenizer, args.trust_token_ids or []))
         self._columns: int | None = None
         self._teacher = self._make_teacher(teacher_model, reference)
         self._checked = not args.qtarget_self_check
@@ -144,21 +144,6 @@ class TargetSFTTrainer(SFTTrainer):
                 "must know every token of the student."
             )
         return None if sizes[0] == sizes[1] else min(len(self._tokenizer), *sizes)
-
-    def _trusted_ids(self) -> list[int]:
-        ids: set[Any] = set()
-        for token in self.args.trust_token_ids or []:
-            if token == "special":
-                ids.update(self._tokenizer.all_special_ids)
-            elif str(token).isdigit() and int(token) < len(self._tokenizer):
-                ids.add(int(token))
-            elif token in self._tokenizer.get_vocab():
-                ids.add(self._tokenizer.convert_tokens_to_ids(token))
-            else:
-                raise ValueError(
-                    f"trust_token_ids: {token!r} is no token of this tokenizer. Give ids, tokens or 'special'."
-                )
-        return sorted(ids)
 
     # Data
 

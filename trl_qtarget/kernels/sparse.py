@@ -69,3 +69,30 @@ class SparsePool:
         known = torch.special.xlogy(self.pool, self.pool).sum(-1)
         tail = torch.special.xlogy(self.pool_tail, self.factor) + self.factor * self.tail_p_log_p
         return (self.nll + known + tail).clamp(min=0)
+
+
+class SparseStatistics:
+    """The statistics that rows of either backend read off their `SparsePool`."""
+
+    sparse: SparsePool
+    log_p_y: Tensor
+
+    @property
+    def teacher_log_p_y(self) -> Tensor:
+        return self.sparse.teacher_log_p_y(self.log_p_y)
+
+    @property
+    def teacher_mass(self) -> Tensor:
+        raise ValueError("The rank mass of a label under its teacher needs dense teacher logits, not top-K ones.")
+
+    @property
+    def residual_log_p_y(self) -> Tensor:
+        return self.sparse.log_p_y(self.log_p_y)
+
+    @property
+    def residual_nll(self) -> Tensor:
+        return self.sparse.nll
+
+    @property
+    def residual_kl(self) -> Tensor:
+        return self.sparse.kl

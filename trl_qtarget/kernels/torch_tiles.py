@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..target import Residual
-from .sparse import SparsePool
+from .sparse import SparsePool, SparseStatistics
 
 
 BLOCK_BYTES = 2**22  # of one block of logits: two or three of them fit one core's share of the last-level cache
@@ -70,10 +70,6 @@ def rank_mass(logits: Tensor, labels: Tensor) -> Tensor:  # (r, V), (r,) -> (r,)
     q = logits.softmax(-1)
     q_y = pick(q, labels)
     return q.mul_(q < q_y[:, None]).sum(-1) + q_y
-
-
-def no_rank_mass() -> Tensor:
-    raise ValueError("The rank mass of a label under its teacher needs dense teacher logits, not top-K ones.")
 
 
 class StudentRows:
@@ -189,7 +185,7 @@ class DenseRows(StudentRows):
         return norm
 
 
-class SparseRows(StudentRows):
+class SparseRows(SparseStatistics, StudentRows):
     """Rows whose teacher is known at K ids and has the student's shape elsewhere: `SparsePool` has the pool."""
 
     def __init__(self, z: Tensor, labels: Tensor, softcap: float | None, teacher: tuple, residual: Residual):
@@ -207,26 +203,6 @@ class SparseRows(StudentRows):
         self.tail_sum, self.tail_dot = super()._moments()
         self.e.scatter_(-1, self.ids, e)
         return self.tail_sum + e.sum(-1), self.tail_dot + (e * z).sum(-1)
-
-    @property
-    def teacher_log_p_y(self) -> Tensor:
-        return self.sparse.teacher_log_p_y(self.log_p_y)
-
-    @property
-    def teacher_mass(self) -> Tensor:
-        return no_rank_mass()
-
-    @property
-    def residual_log_p_y(self) -> Tensor:
-        return self.sparse.log_p_y(self.log_p_y)
-
-    @property
-    def residual_nll(self) -> Tensor:
-        return self.sparse.nll
-
-    @property
-    def residual_kl(self) -> Tensor:
-        return self.sparse.kl
 
     def write_gradient(self, label_weight: Tensor, residual_weight: Tensor) -> Tensor:
         slope = self._slope()

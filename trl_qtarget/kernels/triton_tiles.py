@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..target import STUDENT, Residual
 from . import torch_tiles
-from .sparse import SparsePool
+from .sparse import SparsePool, SparseStatistics
 from .torch_tiles import BELOW_ALL, cap_, pick
 
 
@@ -264,7 +264,7 @@ class TritonRows:
         return norms.sum(0)
 
 
-class SparseRows(TritonRows):
+class SparseRows(SparseStatistics, TritonRows):
     """Rows whose teacher is known at K ids: these columns are lifted out, and the kernels see the tail alone."""
 
     def __init__(self, z: Tensor, labels: Tensor, residual: Residual, teacher: tuple, softcap: float | None):
@@ -296,26 +296,6 @@ class SparseRows(TritonRows):
     def top_evenness(self, k: int) -> Tensor:
         whole = self.z.scatter(-1, self.ids, self.raw_known)
         return torch_tiles.evenness(cap_(whole.topk(min(k, whole.shape[-1])).values, self.softcap))
-
-    @property
-    def teacher_log_p_y(self) -> Tensor:
-        return self.sparse.teacher_log_p_y(self.log_p_y)
-
-    @property
-    def teacher_mass(self) -> Tensor:
-        return torch_tiles.no_rank_mass()
-
-    @property
-    def residual_log_p_y(self) -> Tensor:
-        return self.sparse.log_p_y(self.log_p_y)
-
-    @property
-    def residual_nll(self) -> Tensor:
-        return self.sparse.nll
-
-    @property
-    def residual_kl(self) -> Tensor:
-        return self.sparse.kl
 
     def write_gradient(self, label_weight: Tensor, residual_weight: Tensor) -> Tensor:
         tail, known = self.sparse.gradient(label_weight, residual_weight)
