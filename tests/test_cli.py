@@ -130,10 +130,16 @@ def test_one_loss_says_what_its_arguments_take(capsys):
 def test_a_loss_of_ones_own(tmp_path, capsys):
     (tmp_path / "my_losses.py").write_text(
         "from trl_qtarget import Target\n\n"
-        'def half(gamma: float = 0.5):\n    """Half."""\n    return Target(trust=gamma)\n'
+        'def half(gamma: float = 0.5) -> Target:\n    """Half."""\n    return Target(trust=gamma)\n'
     )
     assert main(["losses", f"{tmp_path}/my_losses.py:half"]) == 0
     assert "gamma = 0.5" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("loss", ["os:system", "subprocess:run", "builtins:exec"])
+def test_a_text_in_a_recipe_never_calls_what_is_no_loss(loss, capsys):
+    assert main(["losses", loss]) == 2
+    assert "has no loss" in capsys.readouterr().err
 
 
 def test_unknown_loss(capsys):
@@ -210,7 +216,7 @@ def test_accelerate_config_is_a_file_or_a_name(refused):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("los_type: dft", "unknown key 'los_type' (did you mean 'loss_type'?)"),
+        ("los_type: dft", "unknown key 'los_type' (did you mean 'loss'?)"),
         ("learning-rat: 1", "unknown key 'learning-rat' (did you mean 'learning_rate'?)"),
         ("overwrite_output: true", "unknown key 'overwrite_output' (did you mean 'overwrite_output_dir'?)"),
         ("num_machine: 1", "unknown key 'num_machine' (did you mean 'num_machines'?)"),

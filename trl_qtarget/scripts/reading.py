@@ -36,9 +36,8 @@ def nearest(word: str, known: Iterable[str]) -> str:
     # of two spellings of an option the first one, with underscores
     bare = {name.lstrip("-").replace("-", "_"): name for name in reversed(list(known))}
     word = word.lstrip("-").replace("-", "_")
-    for refused in ("loss_type", "label_smoothing_factor", "use_liger_kernel"):  # TRL's, which our losses do not read
-        bare.pop(refused, None)
     guess = [MEANT[word]] if MEANT.get(word) in bare else difflib.get_close_matches(word, bare, n=1)
+    guess = ["loss"] if guess == ["loss_type"] and "loss" in bare else guess  # TRL's, which our losses do not read
     return f" (did you mean {bare[guess[0]]!r}?)" if guess else ""
 
 
