@@ -139,7 +139,7 @@ def test_a_loss_of_ones_own(tmp_path, capsys):
 @pytest.mark.parametrize("loss", ["os:system", "subprocess:run", "builtins:exec"])
 def test_a_text_in_a_recipe_never_calls_what_is_no_loss(loss, capsys):
     assert main(["losses", loss]) == 2
-    assert "has no loss" in capsys.readouterr().err
+    assert "has no decorator @preset" in capsys.readouterr().err
 
 
 def test_unknown_loss(capsys):
@@ -536,7 +536,7 @@ def test_mistake_found_by_the_script_is_a_sentence(train):
 @pytest.mark.slow
 def test_crash_keeps_its_traceback(train):
     Path("my_losses.py").write_text(
-        "from trl_qtarget import Target\ndef boom():\n    def f(t):\n        raise IndexError('boom')\n"
+        "from trl_qtarget import Target\ndef boom() -> Target:\n    def f(t):\n        raise IndexError('boom')\n"
         "    return Target(trust=f)\n"
     )
     code, shown = train(loss="my_losses:boom", teacher_model_name_or_path=None)

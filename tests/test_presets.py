@@ -472,7 +472,7 @@ def test_loss_of_the_users_own_module(source):
     assert build(f"{source}:undecorated").trust == 0.25
     with pytest.raises(ValueError, match="takes gamma, not lam"):
         build(f"{source}:undecorated", lam=1)
-    with pytest.raises(ValueError, match=r"has no loss 'no_target'.*annotation says that it returns a Target"):
+    with pytest.raises(ValueError, match="no_target has no decorator @preset"):
         build(f"{source}:no_target")
     with pytest.raises(ValueError, match=r"has no loss 'half_trsut'\. Did you mean .*:half_trust\?"):
         build(f"{source}:half_trsut")

@@ -174,14 +174,16 @@ def _find_in_module(loss: str) -> Preset:
     by_name = {p.name: p for p in own}
     if name in by_name:
         return by_name[name]
-    if not _makes_a_target(made, module):
+    if made is not None and not _makes_a_target(made, module):
+        raise ValueError(
+            f"{loss} has no decorator @preset, and no annotation that says that it returns a Target: add one of the "
+            "two, so that no recipe can call what is no loss."
+        )
+    if made is None:
         choices = sorted({*by_name, *(set(PRESETS) - before)}) or [n for n in vars(module) if not n.startswith("_")]
         guess = difflib.get_close_matches(name, choices, n=1)
         hint = f" Did you mean {source}:{guess[0]}?" if guess else ""
-        raise ValueError(
-            f"{source} has no loss {name!r}.{hint} A loss is a function with the decorator @preset, or one whose "
-            "annotation says that it returns a Target."
-        )
+        raise ValueError(f"{source} has no loss {name!r}.{hint}")
     return next((p for p in own if p.make is made), Preset(loss, cast(Any, made)))
 
 
