@@ -194,6 +194,17 @@ def test_a_label_that_is_almost_certain_keeps_its_digits():
     assert math.isclose(out.log_p_y.item(), -math.log1p(math.exp(-9)), rel_tol=1e-3)
 
 
+def test_a_second_backward_over_a_kept_graph_gives_the_same():
+    c = case()
+    out, leaves = qtarget_loss(c["hidden"], c["weight"], c["labels"], build("dft")), (c["hidden"], c["weight"])
+    first = torch.autograd.grad(2 * out.loss, leaves, retain_graph=True)
+    kept = [g.clone() for g in first]
+    last = torch.autograd.grad(6 * out.loss, leaves)
+    for a, b, c in zip(first, kept, last, strict=True):
+        assert torch.equal(a, b)
+        torch.testing.assert_close(c, 3 * b)
+
+
 def test_inputs_need_not_be_contiguous_and_may_have_more_axes():
     c = case(n=12, masked=True)
     flat = qtarget_loss(c["hidden"], c["weight"], c["labels"], build("dft"))

@@ -188,8 +188,21 @@ class QTargetFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, upstream: Tensor):
         factor = upstream * ctx.scale
+        kept = graph_is_kept()
         scaled = (
-            None if g is None else torch.mul(g, factor, out=torch.empty_like(g, dtype=dtype))
+            None if g is None else scaled_gradient(g, factor, dtype, in_place=not kept)
             for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
         return *scaled, None, None, None
+
+
+def scaled_gradient(gradient: Tensor, factor: Tensor, dtype: torch.dtype, in_place: bool) -> Tensor:
+    """`factor * gradient` as `dtype`, over the gradient itself where that will not be asked for again."""
+    out = gradient if in_place and gradient.dtype == dtype else torch.empty_like(gradient, dtype=dtype)
+    return torch.mul(gradient, factor, out=out)
+
+
+def graph_is_kept() -> bool:
+    """Whether the running backward pass may be followed by another over the same graph (retain_graph=True)."""
+    ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return True if ask is None else ask()
