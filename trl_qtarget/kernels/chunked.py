@@ -204,5 +204,5 @@ def scaled_gradient(gradient: Tensor, factor: Tensor, dtype: torch.dtype, in_pla
 
 def graph_is_kept() -> bool:
     """Whether the running backward pass may be followed by another over the same graph (retain_graph=True)."""
-    ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    ask = getattr(getattr(torch._C, "_autograd", None), "_get_current_graph_task_keep_graph", None)
     return True if ask is None else ask()
