@@ -5,7 +5,7 @@
 
 Contestants take turns, so that a slow spell of the machine falls on all; what is printed are medians of the ratios
 within a turn. Memory is the peak of a process of its own, above its inputs. No contestant is timed whose gradient is
-not the specified one. Results go to benchmarks/results/ as CSV, with hardware, versions and commit, and as PNG.
+not the specified one. Results go to benchmarks/results/ as CSV, with hardware, versions and commit.
 """
 
 from __future__ import annotations
