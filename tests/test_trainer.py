@@ -3,6 +3,7 @@
 import copy
 import math
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from datasets import Dataset, IterableDataset
 from peft import LoraConfig
 from trl import SFTConfig, SFTTrainer
 
-from trl_qtarget import TargetSFTConfig, TargetSFTTrainer, compat
+from trl_qtarget import TargetSFTConfig, TargetSFTTrainer, build, compat
+from trl_qtarget.checks import refuse
 from trl_qtarget.config import TargetSFTConfig as Config
 from trl_qtarget.data import trajectories
 
@@ -462,6 +464,16 @@ def test_refusals_come_before_the_data(tiny_model, tokenizer, tmp_path):
         TargetSFTTrainer(tiny_model(), args, None, Untouched(), None, tokenizer, lambda *a, **k: 0)
     with pytest.raises(ValueError, match="lm_head would never be trained"):
         make("dft", peft_config=LoraConfig(target_modules=["lm_head"]))
+
+
+@pytest.mark.parametrize("loss", ["target_sft", "asft", "psft", "iw_sft"])
+def test_several_models_and_a_split_sequence_are_refused(loss):
+    """Neither can be made on this machine; what the check reads of the arguments can."""
+    split = SimpleNamespace(loss=loss, n_gpu=1, parallelism_config=SimpleNamespace(sp_size=2))
+    with pytest.raises(ValueError, match="sequence parallelism"):
+        refuse(split, build(loss), "teacher" if loss == "target_sft" else None, {})
+    with pytest.raises(ValueError, match=r"nn\.DataParallel"):
+        refuse(SimpleNamespace(loss="nll", n_gpu=2), build("nll"), None, {})
 
 
 def test_a_teacher_nobody_asked_for_is_a_warning(train, tiny_model):

@@ -137,10 +137,9 @@ def check_head(model: Any, input_ids: Tensor, half: bool) -> None:
     few = input_ids[:1, :SELF_CHECK_TOKENS]
     own = model(input_ids=few).logits.float().log_softmax(-1)
     read = read_teacher(model, {"input_ids": few})
-    head = Head(read.weight, read.bias, read.logit_scale, read.softcap)
-    with gathered(head.weight, head.bias):
-        ours = _dense(read.hidden, head).log_softmax(-1)
-        half = half or head.weight.dtype in (torch.float16, torch.bfloat16)
+    with gathered(read.weight, read.bias):
+        ours = _dense(read.hidden, read.head).log_softmax(-1)
+        half = half or read.weight.dtype in (torch.float16, torch.bfloat16)
     top = own.argmax(-1, keepdim=True)
     error = (own - ours).gather(-1, top).abs().mean()
     if error > (0.25 if half else 0.01):
@@ -203,9 +202,8 @@ class Scorer:
 
     def log_p_y(self, other: ProjectedLogits, labels: Tensor) -> Tensor:  # (B, T)
         """log-probabilities of the labels under a model that was read, (B, T) as its hidden states."""
-        head = Head(other.weight, other.bias, other.logit_scale, other.softcap)
         with gathered(other.weight, other.bias):
-            return self._loss(other.hidden, labels, head, None).log_p_y
+            return self._loss(other.hidden, labels, other.head, None).log_p_y
 
     def _without_virtual_tokens(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Prompt tuning puts tokens before the student's that no teacher sees, and nothing is learnt on them."""
@@ -218,8 +216,7 @@ class Scorer:
         t = self.teacher
         if t is None:
             return None
-        head = Head(t.weight, t.bias)
-        head = head if self.columns is None else head.first(self.columns)
+        head = t.head if self.columns is None else t.head.first(self.columns)
         bias = None if head.bias is None else head.bias.to(device)
         hidden = t.hidden.flatten(0, 1).to(device)
         return ProjectedLogits(hidden, head.weight.to(device), bias, t.logit_scale, t.softcap)

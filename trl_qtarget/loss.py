@@ -57,8 +57,8 @@ def qtarget_loss(
 
     Labels are those of the hidden states beside them: shift them first. Divide `loss` by the number of tokens of the
     whole optimizer step. The gradient (float32 until it is cast to its tensor's type) reaches hidden, weight and bias
-    where they require one; everything about Q is constant. The published value is reported as `loss` (see `Target`),
-    and it differs from the cross entropy by a constant of the gradient's point of view.
+    where they require one; everything about Q is constant. The value of `loss` is the published one (see `Target`),
+    which may differ from that of the cross entropy by what is constant for the gradient.
 
     Args:
         teacher: pi_T, or pi_ref, for targets that need one; rows are those of `hidden`.

@@ -171,6 +171,7 @@ class TritonRows:
     def __init__(self, z: Tensor, labels: Tensor, residual: Residual, teacher, softcap: float | None):
         self.z, self.labels, self.residual, self.teacher, self.softcap = z, labels, residual, teacher, softcap
         self.pooled = not residual.is_student
+        self.t = teacher if isinstance(teacher, Tensor) else z  # read by no kernel without HAS_TEACHER
         self._read()
         self.log_sum = self.sum.log()
         self.log_p_y = cap_(pick(z, labels).float(), softcap) - self.max - self.log_sum
@@ -186,17 +187,15 @@ class TritonRows:
         }
 
     def _scalars(self) -> tuple:
-        t = self.teacher if isinstance(self.teacher, Tensor) else self.z
         n, V = self.z.shape
         exponents = float(self.residual.student), float(self.residual.teacher)
-        return self.z.stride(0), t.stride(0), n, V, *exponents, float(self.softcap or 1.0)
+        return self.z.stride(0), self.t.stride(0), n, V, *exponents, float(self.softcap or 1.0)
 
     def _read(self) -> None:
         n = len(self.z)
         out = torch.empty(STATISTICS, n, dtype=torch.float32, device=self.z.device)
-        t = self.teacher if isinstance(self.teacher, Tensor) else self.z
         if n:
-            statistics_kernel[(n,)](self.z, t, out, *self._scalars(), **self._flags())
+            statistics_kernel[(n,)](self.z, self.t, out, *self._scalars(), **self._flags())
         self.max, self.sum, self.dot, self.squares, top, self.pool_max, self.pool_sum, self.pool_z, self.pool_dot = out
         self.top = top.long()
 
@@ -255,10 +254,9 @@ class TritonRows:
         flags = self._flags()
         blocks = triton.cdiv(V, flags["BLOCK_V"])
         norms = torch.empty(blocks, n, dtype=torch.float32, device=self.z.device)
-        t = self.teacher if isinstance(self.teacher, Tensor) else self.z
         if n:
             gradient_kernel[(n, blocks)](
-                self.z, t, self.labels, self.max, self.sum, self.pool_max, self.pool_sum,
+                self.z, self.t, self.labels, self.max, self.sum, self.pool_max, self.pool_sum,
                 student_weight, label_weight, pool_weight, norms, *self._scalars(), **flags,
             )  # fmt: skip
         return norms.sum(0)
