@@ -25,7 +25,7 @@ class QTargetOutput:
     log_p_y: Tensor  # student's log-probability of the label, nats
     trust: Tensor  # gamma
     entropy: Tensor  # H(p), nats
-    is_top1: Tensor  # bool: the label is the student's first choice
+    is_top1: Tensor  # bool: no token is more probable to the student than the label
     target_p_y: Tensor  # Q(y)
     moved: Tensor  # 1/2 ||Q - p||_1, how far the target is from the student
     grad_mass: Tensor  # s/2 ||Q - p||_1, half the L1 norm of the gradient in the logits

@@ -22,6 +22,7 @@ from torch.autograd.function import once_differentiable
 from ..target import RowWeights, Target, Tokens
 from ..teachers.base import ProjectedLogits, TeacherLogits, TopKLogits
 from .products import Head, add_weight_gradient, hidden_gradient, project, wide
+from .scratch import scratch
 
 
 TILE_BYTES = {"cpu": 5 * 2**25}  # logits of one tile, of both models; elsewhere:
@@ -61,9 +62,8 @@ class Job:
         dense = isinstance(self.teacher, ProjectedLogits)
         size = rows_per_tile(N, V * (1 + dense), dtype, device.type) if self.chunk_size is None else self.chunk_size
         size = min(size, N)
-        tile = hidden.new_empty(size, V, dtype=dtype)
-        # columns that only the student has stay at -inf: the teacher never writes them
-        teacher_tile = hidden.new_full((size, V), -torch.inf, dtype=dtype) if dense else None
+        tile = scratch("student", (size, V), hidden, dtype)
+        teacher_tile = scratch("teacher", (size, V), hidden, dtype) if dense else None
         for start in range(0, N, max(size, 1)):
             part = slice(start, min(start + size, N))
             n = part.stop - start
@@ -90,6 +90,7 @@ class Job:
             project(teacher.hidden, teacher.head.first(common), t)
         else:
             t[:, :common] = project(teacher.hidden, teacher.head, t.new_empty(len(t), common))
+            t[:, common:] = -torch.inf
         return t
 
     def _walk(self, z: Tensor, teacher, part: slice, softcap: float | None, wants_gradient: bool) -> None:

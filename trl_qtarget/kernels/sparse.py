@@ -7,6 +7,7 @@ exponents sum to one, the pool is `c * p` there, with one number c per row: no t
 from __future__ import annotations
 
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +16,15 @@ from ..target import Residual
 
 
 IMPOSSIBLE = -1e29  # log-probabilities below are of columns that are masked out
+
+
+class SparseGradient(NamedTuple):
+    """dloss/dz of n rows: `tail * p - label * delta_y` outside the ids, `known` at them; float64."""
+
+    tail: Tensor  # (n,)
+    label: Tensor  # (n,) zero where y is among the ids
+    known: Tensor  # (n, K)
+    norm: Tensor  # (n,) L1
 
 
 class SparsePool:
@@ -43,10 +53,15 @@ class SparsePool:
         self.pool, self.pool_tail = logs[:, :-1].exp(), logs[:, -1].exp()
         self.factor = torch.where(has_tail, self.pool_tail / self.tail_p, 0)  # c
 
-    def gradient(self, label_weight: Tensor, residual_weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Without the label's part: what multiplies p in the tail (n,), and the entries at the ids (n, K)."""
-        total, w_r = (label_weight + residual_weight).double(), residual_weight.double()
-        return total - w_r * self.factor, total[:, None] * self.log_p.exp() - w_r[:, None] * self.pool
+    def gradient(self, label_weight: Tensor, residual_weight: Tensor, log_p_y: Tensor) -> SparseGradient:
+        """The gradient of n rows; its tail has one sign a row, so that its norm needs no pass over the columns."""
+        w_y, w_r = label_weight.double(), residual_weight.double()
+        here = self.ids == self.labels[:, None]
+        known = (w_y + w_r)[:, None] * self.log_p.exp() - w_r[:, None] * self.pool - w_y[:, None] * here
+        tail, label = w_y + w_r - w_r * self.factor, w_y.where(~here.any(-1), 0)
+        p_y = log_p_y.double().exp().where(~here.any(-1), 0)
+        norm = known.abs().sum(-1) + tail.abs() * (self.tail_p - p_y).clamp(min=0) + (tail * p_y - label).abs()
+        return SparseGradient(tail, label, known, norm)
 
     def _at_label(self, known: Tensor, tail: Tensor) -> Tensor:  # (n, K), (n,) -> (n,)
         """The entry of `known` at the label, or `tail` where the label is none of the ids."""

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..target import Residual
+from .scratch import scratch
 from .sparse import SparsePool, SparseStatistics
 
 
@@ -77,10 +78,10 @@ class StudentRows:
 
     def __init__(self, z: Tensor, labels: Tensor, softcap: float | None, teacher: Any):
         self.z, self.labels, self.softcap, self.teacher = cap_(z, softcap), labels, softcap, teacher
-        self.max, top = z.max(-1)
-        self.is_top1 = top == labels
+        self.max = z.amax(-1)
+        self.is_top1 = pick(z, labels) == self.max
         z.sub_(self.max[:, None])
-        self.e = torch.exp(z)  # p times a factor per row, `sum`
+        self.e = torch.exp(z, out=scratch("exponentials", z.shape, z))  # p times a factor per row, `sum`
         self.sum, self.dot = self._moments()
         self.impossible = None
         if self.dot.isnan().any():  # 0 * -inf: a column is masked out
@@ -154,7 +155,11 @@ class DenseRows(StudentRows):
 
     def _pool_logits(self, residual: Residual) -> Tensor:
         """a * z + b * t; a term with exponent zero is left out, since 0 * -inf is no number."""
-        pool = torch.zeros_like(self.z) if residual.teacher == 0 else self.teacher * residual.teacher
+        pool = scratch("pool", self.z.shape, self.z)
+        if residual.teacher == 0:
+            pool.zero_()
+        else:
+            torch.mul(self.teacher, residual.teacher, out=pool)
         if residual.teacher < 0:
             pool.masked_fill_(self.teacher == -torch.inf, -torch.inf)
         if residual.student != 0:
@@ -179,7 +184,7 @@ class DenseRows(StudentRows):
         torch.mul(self.e, ((label_weight + residual_weight) / self.sum)[:, None], out=self.z)
         self.z.addcmul_(self.pool, (-residual_weight / self.pool_sum)[:, None])
         self._subtract_label(label_weight)
-        norm = torch.linalg.vector_norm(self.z, 1, dim=-1)
+        norm = torch.abs(self.z, out=self.e).sum(-1)
         if slope is not None:
             self.z.mul_(slope)
         return norm
@@ -206,11 +211,10 @@ class SparseRows(SparseStatistics, StudentRows):
 
     def write_gradient(self, label_weight: Tensor, residual_weight: Tensor) -> Tensor:
         slope = self._slope()
-        tail, known = self.sparse.gradient(label_weight, residual_weight)
-        torch.mul(self.e, (tail / self.sum).to(self.e)[:, None], out=self.z)
-        self.z.scatter_(-1, self.ids, known.to(self.z))
-        self._subtract_label(label_weight)
-        norm = torch.linalg.vector_norm(self.z, 1, dim=-1)
+        gradient = self.sparse.gradient(label_weight, residual_weight, self.log_p_y)
+        torch.mul(self.e, (gradient.tail / self.sum).to(self.e)[:, None], out=self.z)
+        self.z.scatter_(-1, self.ids, gradient.known.to(self.z))
+        self._subtract_label(gradient.label.to(self.z))
         if slope is not None:
             self.z.mul_(slope)
-        return norm
+        return gradient.norm

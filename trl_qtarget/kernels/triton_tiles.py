@@ -28,7 +28,7 @@ __all__ = ["block_rows", "cap_", "rows"]
 
 BLOCK_V = 4096  # columns a program holds at once
 NUM_WARPS = 8
-STATISTICS = 9  # numbers a row: max, sum, dot, squares, top, and of the pool max, sum, z, dot
+STATISTICS = 9  # numbers a row: max, sum, dot, squares, the label's logit, and of the pool max, sum, z, dot
 
 
 def block_rows(vocab_size: int, dtype: torch.dtype, device: torch.device) -> int:
@@ -67,13 +67,14 @@ def pool_logits(
 def statistics_kernel(
     z_ptr,  # (n, V)
     t_ptr,  # (n, V), or anything without HAS_TEACHER
+    y_ptr,  # (n,)
     out_ptr,  # (STATISTICS, n)
     stride_z, stride_t, n, V, student, teacher, softcap,
     HAS_POOL: tl.constexpr, HAS_STUDENT: tl.constexpr, HAS_TEACHER: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)  # row * stride overflows int32 from 14k rows of a 152k vocabulary
-    top = 0
+    y, z_y = tl.load(y_ptr + row), float("-inf")
     m, s, d, q = float("-inf"), 0.0, 0.0, 0.0  # max; sums of e, e * (z - max) and e^2, with e = exp(z - max)
     pm, ps, pz, pd = float("-inf"), 0.0, 0.0, 0.0  # the same for the pool r: sums of w, w * z and w * (r - max)
     for start in range(0, V, BLOCK_V):
@@ -83,9 +84,8 @@ def statistics_kernel(
         z = tl.where(inside, capped(z, softcap, HAS_SOFTCAP), float("-inf"))
         possible = z > float("-inf")
 
-        block_max = tl.max(z, 0)
-        top = tl.where(block_max > m, tl.min(tl.where(z == block_max, columns, V), 0), top)
-        new = tl.maximum(m, block_max)
+        z_y = tl.maximum(z_y, tl.max(tl.where(columns == y, z, float("-inf")), 0))
+        new = tl.maximum(m, tl.max(z, 0))
         safe = tl.where(new > float("-inf"), new, 0.0)
         shrink = tl.where(m > float("-inf"), tl.exp(m - safe), 0.0)
         shift = tl.where(m > float("-inf"), m - safe, 0.0)
@@ -112,7 +112,7 @@ def statistics_kernel(
     tl.store(out_ptr + 1 * n + row, s)
     tl.store(out_ptr + 2 * n + row, d)
     tl.store(out_ptr + 3 * n + row, q)
-    tl.store(out_ptr + 4 * n + row, top.to(tl.float32))
+    tl.store(out_ptr + 4 * n + row, z_y)
     tl.store(out_ptr + 5 * n + row, pm)
     tl.store(out_ptr + 6 * n + row, ps)
     tl.store(out_ptr + 7 * n + row, pz)
@@ -174,7 +174,7 @@ class TritonRows:
         self.t = teacher if isinstance(teacher, Tensor) else z  # read by no kernel without HAS_TEACHER
         self._read()
         self.log_sum = self.sum.log()
-        self.log_p_y = cap_(pick(z, labels).float(), softcap) - self.max - self.log_sum
+        self.log_p_y = self.z_y - self.max - self.log_sum
 
     def _flags(self) -> dict:
         return {
@@ -195,13 +195,13 @@ class TritonRows:
         n = len(self.z)
         out = torch.empty(STATISTICS, n, dtype=torch.float32, device=self.z.device)
         if n:
-            statistics_kernel[(n,)](self.z, self.t, out, *self._scalars(), **self._flags())
-        self.max, self.sum, self.dot, self.squares, top, self.pool_max, self.pool_sum, self.pool_z, self.pool_dot = out
-        self.top = top.long()
+            statistics_kernel[(n,)](self.z, self.t, self.labels, out, *self._scalars(), **self._flags())
+        self.max, self.sum, self.dot, self.squares, self.z_y = out[:5]
+        self.pool_max, self.pool_sum, self.pool_z, self.pool_dot = out[5:]
 
     @property
     def is_top1(self) -> Tensor:
-        return self.top == self.labels
+        return self.z_y == self.max
 
     @cached_property
     def entropy(self) -> Tensor:
@@ -268,9 +268,7 @@ class SparseRows(SparseStatistics, TritonRows):
     def __init__(self, z: Tensor, labels: Tensor, residual: Residual, teacher: tuple, softcap: float | None):
         self.ids = teacher[0]
         self.known, self.raw_known = cap_(z.gather(-1, self.ids).float(), softcap), z.gather(-1, self.ids)
-        z_label = cap_(pick(z, labels).float(), softcap)
         super().__init__(z.scatter_(-1, self.ids, -torch.inf), labels, STUDENT, None, softcap)
-        self.log_p_y = z_label - self.max - self.log_sum
         log_p = (self.known - self.max[:, None]).double() - self.log_sum[:, None]
         tail_p = self.tail_sum / self.sum
         tail_p_log_p = self.tail_dot / self.sum - tail_p * self.log_sum
@@ -279,9 +277,9 @@ class SparseRows(SparseStatistics, TritonRows):
     def _read(self) -> None:
         """The tail's sums and those of the known columns, both relative to the maximum of all."""
         super()._read()
-        best, at = self.known.max(-1)
-        self.top = torch.where(best >= self.max, pick(self.ids, at), self.top)
-        top = torch.maximum(self.max, best)
+        at_label = self.known.masked_fill(self.ids != self.labels[:, None], -torch.inf).amax(-1)
+        self.z_y = torch.maximum(self.z_y, at_label)  # the kernel has not seen it where it was lifted out
+        top = torch.maximum(self.max, self.known.amax(-1))
         shift = (self.max - top).clamp(min=BELOW_ALL)  # of a tail without columns nothing is left
         shrink = shift.exp()
         known = (self.known - top[:, None]).clamp(min=BELOW_ALL)
@@ -296,12 +294,10 @@ class SparseRows(SparseStatistics, TritonRows):
         return torch_tiles.evenness(cap_(whole.topk(min(k, whole.shape[-1])).values, self.softcap))
 
     def write_gradient(self, label_weight: Tensor, residual_weight: Tensor) -> Tensor:
-        tail, known = self.sparse.gradient(label_weight, residual_weight)
-        at_label = self.ids == self.labels[:, None]
-        in_tail = torch.where(at_label.any(-1), 0, label_weight)
-        known = known - at_label * label_weight[:, None]
-        norm = self._write(tail.to(label_weight), in_tail, residual_weight) + known.abs().sum(-1)
+        gradient = self.sparse.gradient(label_weight, residual_weight, self.log_p_y)
+        self._write(gradient.tail.to(label_weight), gradient.label.to(label_weight), residual_weight)
+        known = gradient.known
         if self.softcap is not None:
             known = known * (1 - (self.known / self.softcap).square())
         self.z.scatter_(-1, self.ids, known.to(self.z))
-        return norm
+        return gradient.norm

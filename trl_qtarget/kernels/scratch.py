@@ -1,0 +1,37 @@
+"""Memory for tiles that one call leaves to the next.
+
+On a CPU fresh pages are dear: touching them for the first time costs more than all passes over a tile. So the tiles of
+a thread are kept, a few in number and bounded by the byte budget of `chunked`. Accelerators have allocators that do so.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+
+import torch
+from torch import Tensor
+
+
+class Kept(threading.local):
+    """Flat buffers of this thread by name and dtype."""
+
+    def __init__(self) -> None:
+        self.buffers: dict[tuple[str, torch.dtype], Tensor] = {}
+
+
+KEPT = Kept()
+
+
+def scratch(name: str, shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """An uninitialised tensor beside `like`, which holds until `name` is asked for again in this thread."""
+    dtype = like.dtype if dtype is None else dtype
+    if like.device.type != "cpu":
+        return like.new_empty(shape, dtype=dtype)
+    size, key = math.prod(shape), (name, dtype)
+    buffer = KEPT.buffers.get(key)
+    if buffer is None or len(buffer) < size:
+        # inference tensors could not be written in a training step later
+        with torch.inference_mode(False):
+            buffer = KEPT.buffers[key] = torch.empty(size, dtype=dtype)
+    return buffer[:size].view(shape)
