@@ -1,6 +1,6 @@
 """Time and memory of the fused loss beside others', and beside the matrix products that nobody can avoid.
 
-    python -m benchmarks.kernel                     # the sizes of the table in benchmarks/README.md
+    python -m benchmarks.kernel                # everything in benchmarks/README.md: the table, the curves, the figure
     python -m benchmarks.kernel --tokens 256 --vocab 32768 --only dft "TRL nll"
 
 Contestants take turns, so that a slow spell of the machine falls on all; what is printed are medians of the ratios
@@ -11,29 +11,56 @@ not the specified one. Results go to benchmarks/results/ as CSV, with hardware, 
 from __future__ import annotations
 
 import argparse
-import csv
 import json
-import platform
 import statistics
 import subprocess
 import sys
 import time
-from datetime import date
-from importlib.metadata import version
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from benchmarks import plot
 from benchmarks.contestants import CONTESTANTS, EXPECTED, Problem
+from benchmarks.machine import forget_peak, keep_freed_memory, provenance, resident, save
 from trl_qtarget import build, reference_loss
 
 
-RESULTS = Path(__file__).parent / "results"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+GROWING = ["dft", "target_sft K=64", "target_sft dense", "TRL nll", "TRL divergence", "plain logits"]
 console = Console()
+
+
+@dataclass(frozen=True)
+class Series:
+    """Measurements that belong together: one table per size."""
+
+    part: str
+    tokens: list[int]
+    vocab: list[int]
+    names: list[str]
+    turns: int
+    memory: list[str] = field(default_factory=list)  # whose peak is measured
+    keeps_memory: bool = True  # see machine.keep_freed_memory, which cannot be undone: series without it come first
+
+
+def whole(names: list[str], turns: int, gpu: bool) -> list[Series]:
+    """What the README shows: sizes that end in some minutes on two cores, and on one GPU."""
+    growing = [name for name in GROWING if name in names]
+    V = 151_936 if gpu else 147_456
+    sizes = [1024, 8192] if gpu else [256, 1024]
+    return [
+        *([] if gpu else [Series("table, memory handed back", sizes, [V], names, turns, [], keeps_memory=False)]),
+        Series("table", sizes, [V], names, turns, names),
+        Series("memory", [2048], [V], [], 0, [x for x in ("dft", "target_sft dense", "plain logits") if x in names]),
+        Series("tokens", [256, 512, 1024, 2048, 4096, 8192], [32_768], growing, 1, growing),
+        Series("vocabulary", [256], [32_768, 65_536, 131_072, 262_144], growing, 2),
+    ]
 
 
 def gate(name: str, args: argparse.Namespace) -> str | None:
@@ -48,8 +75,8 @@ def gate(name: str, args: argparse.Namespace) -> str | None:
     loss, teacher = EXPECTED[name]
     got = p.hidden.grad.double()
     hidden = p.hidden.detach().double().requires_grad_()
-    taught = p.teacher_hidden.double() @ p.teacher_weight.double().T if teacher else None
-    reference_loss(hidden @ p.weight.detach().double().T, p.labels, build(loss), taught).backward()
+    logits = hidden @ p.weight.detach().double().T
+    reference_loss(logits, p.labels, build(loss), p.teacher_logits(teacher, logits.detach())).backward()
     error = ((got - hidden.grad).abs().max() / hidden.grad.abs().max()).item()
     allowed = 1e-4 if args.dtype == "float32" else 3e-2
     return None if error <= allowed else f"its gradient is off by {error:.1e}"
@@ -67,12 +94,12 @@ def once(run, problem: Problem) -> float:
     return time.perf_counter() - start
 
 
-def times(names: list[str], n: int, V: int, args: argparse.Namespace) -> dict[str, list[float]]:
+def times(names: list[str], n: int, V: int, turns: int, args: argparse.Namespace) -> dict[str, list[float]]:
     """Seconds of each contestant, turn by turn; the first turn warms up and does not count."""
     p = Problem.draw(n, V, args.width, args.teacher_width, DTYPES[args.dtype], args.device)
     runs = {name: CONTESTANTS[name](p) for name in names}
     seconds: dict[str, list[float]] = {name: [] for name in names}
-    for turn in track(range(args.turns + 1), f"{n} tokens, {V} columns", console=console, transient=True):
+    for turn in track(range(turns + 1), f"{n} tokens, {V} columns", console=console, transient=True):
         for name, run in runs.items():
             elapsed = once(run, p)
             if turn:
@@ -80,14 +107,14 @@ def times(names: list[str], n: int, V: int, args: argparse.Namespace) -> dict[st
     return seconds
 
 
-def peak(name: str, n: int, V: int, args: argparse.Namespace) -> float:
+def peak(name: str, n: int, V: int, args: argparse.Namespace) -> int:
     """MiB above the inputs, in a process of its own."""
     words = ["--measure", name, "--tokens", str(n), "--vocab", str(V), "--device", args.device, "--dtype", args.dtype]
     widths = ["--width", str(args.width), "--teacher_width", str(args.teacher_width)]
     run = subprocess.run(
         [sys.executable, "-m", "benchmarks.kernel", *words, *widths], capture_output=True, text=True, check=True
     )
-    return float(run.stdout.split()[-1])
+    return round(float(run.stdout.split()[-1]))
 
 
 def measure_peak(name: str, n: int, V: int, args: argparse.Namespace) -> float:
@@ -98,73 +125,52 @@ def measure_peak(name: str, n: int, V: int, args: argparse.Namespace) -> float:
         torch.cuda.reset_peak_memory_stats()
         run()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    forget_peak()
     before = resident("VmRSS")
     run()
     return (resident("VmHWM") - before) / 2**10
 
 
-def resident(field: str) -> int:
-    """KiB, from the kernel's own account of this process."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
-    return int(line.split()[1])
+def ratio(seconds: dict[str, list[float]], name: str, base: str) -> float | str:
+    """Median over the turns, or nothing where one of the two did not run."""
+    if not seconds.get(name) or not seconds.get(base):
+        return ""
+    return round(statistics.median(a / b for a, b in zip(seconds[name], seconds[base], strict=True)), 3)
 
 
-def ratio(seconds: dict[str, list[float]], name: str, base: str) -> float:
-    return statistics.median(a / b for a, b in zip(seconds[name], seconds[base], strict=True))
-
-
-def hardware(device: str) -> str:
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    cpu = next((x for x in Path("/proc/cpuinfo").read_text().splitlines() if x.startswith("model name")), ":unknown")
-    return f"{cpu.partition(':')[2].strip()}, {torch.get_num_threads()} threads"
-
-
-def provenance(args: argparse.Namespace) -> dict[str, str]:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    return {
-        "hardware": hardware(args.device), "dtype": args.dtype, "torch": torch.__version__, "trl": version("trl"),
-        "python": platform.python_version(), "commit": commit, "date": date.today().isoformat(),
-    }  # fmt: skip
-
-
-def compare(n: int, V: int, names: list[str], args: argparse.Namespace) -> list[dict]:
-    """One table: time as ratios to the products, and peak memory."""
-    seconds = times(names, n, V, args)
+def compare(series: Series, n: int, V: int, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """One table: time as ratios to the products and to TRL's, and peak memory."""
+    if series.keeps_memory:
+        keep_freed_memory()
+    seconds = times(series.names, n, V, series.turns, args) if series.names else {}
+    with ThreadPoolExecutor(2) as pool:
+        measured = series.memory if args.memory else []
+        peaks = dict(zip(measured, pool.map(lambda name: peak(name, n, V, args), measured), strict=True))
     rows = []
-    table = Table("loss", "ms", "/ its products", "/ TRL's", "peak MiB", title=f"{n} tokens, {V} columns")
-    for name in names:
+    for name in seconds or peaks:
         taught = "dense" in name or name in ("4 products", "TRL divergence")
         floor, trl = ("4 products", "TRL divergence") if taught else ("3 products", "TRL nll")
-        row = {
-            "loss": name, "tokens": n, "vocab": V, "width": args.width, "teacher_width": args.teacher_width,
-            "ms": round(statistics.median(seconds[name]) * 1e3, 2),
-            "to_products": round(ratio(seconds, name, floor), 3) if floor in seconds else "",
-            "to_trl": round(ratio(seconds, name, trl), 3) if trl in seconds else "",
-            "peak_mib": round(peak(name, n, V, args)) if args.memory else "",
-        }  # fmt: skip
-        rows.append(row)
-        table.add_row(*(str(row[key]) for key in ("loss", "ms", "to_products", "to_trl", "peak_mib")))
+        rows.append({
+            "part": series.part, "loss": name, "tokens": n, "vocab": V,
+            "width": args.width, "teacher_width": args.teacher_width,
+            "ms": round(statistics.median(seconds[name]) * 1e3, 2) if name in seconds else "",
+            "to_products": ratio(seconds, name, floor), "to_trl": ratio(seconds, name, trl),
+            "to_dft": ratio(seconds, name, "dft"), "peak_mib": peaks.get(name, ""),
+        })  # fmt: skip
+    shown = ("loss", "ms", "to_products", "to_trl", "to_dft", "peak_mib")
+    table = Table(
+        "loss", "ms", "/ its products", "/ TRL's", "/ dft", "peak MiB", title=f"{series.part}: {n} tokens, {V} columns"
+    )
+    for row in rows:
+        table.add_row(*(str(row[key]) for key in shown))
     console.print(table)
     return rows
 
 
-def save(rows: list[dict], args: argparse.Namespace) -> Path:
-    RESULTS.mkdir(exist_ok=True)
-    facts = provenance(args)
-    path = RESULTS / f"kernel_{args.device}_{facts['date']}.csv"
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*rows[0], *facts])
-        writer.writeheader()
-        writer.writerows({**row, **facts} for row in rows)
-    return path
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, nargs="+", default=[256, 1024])
-    parser.add_argument("--vocab", type=int, nargs="+", default=[147456])
+    parser.add_argument("--tokens", type=int, nargs="+", help="only these sizes, instead of everything")
+    parser.add_argument("--vocab", type=int, nargs="+", default=[147456], help="with --tokens: columns")
     parser.add_argument("--width", type=int, default=576)
     parser.add_argument("--teacher_width", type=int, default=960)
     parser.add_argument("--turns", type=int, default=3)
@@ -184,9 +190,16 @@ def main() -> None:
             names.append(name)
         else:
             console.print(f"not timed: {name}, {reason}")
-    console.print(json.dumps(provenance(args)), style="dim")
-    rows = [row for V in args.vocab for n in args.tokens for row in compare(n, V, names, args)]
-    console.print(f"Written to {save(rows, args)}.")
+    facts = provenance(args.device, args.dtype)
+    console.print(json.dumps(facts), style="dim")
+    chosen = whole(names, args.turns, args.device == "cuda")
+    if args.tokens:
+        chosen = [Series("table", args.tokens, args.vocab, names, args.turns, names)]
+    rows = [row for s in chosen for V in s.vocab for n in s.tokens for row in compare(s, n, V, args)]
+    if args.tokens:
+        return
+    path = save(f"kernel_{args.device}", rows, facts)
+    console.print(f"Written to {path} and {plot.growth(path)}.")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ holds before its first step (weights, data, teacher).
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import statistics
 import subprocess
@@ -26,7 +25,8 @@ from typing import Any
 from datasets import load_dataset
 from rich.table import Table
 
-from benchmarks.kernel import RESULTS, console, provenance, resident
+from benchmarks.kernel import console
+from benchmarks.machine import forget_peak, provenance, resident, save
 
 
 ROOT = Path("runs/smollm2-135m")
@@ -69,7 +69,7 @@ def measure(args: argparse.Namespace) -> float:
     with tempfile.TemporaryDirectory() as out:
         trainer = make(args.measure, args, out)
         step, batches = stepper(trainer), trainer.get_train_dataloader()
-        Path("/proc/self/clear_refs").write_text("5")
+        forget_peak()
         before = resident("VmRSS")
         for batch, _ in zip(batches, range(2), strict=False):
             step(batch)
@@ -133,13 +133,9 @@ def main() -> None:
     for row in rows:
         table.add_row(*map(str, row.values()))
     console.print(table)
-    facts = provenance(argparse.Namespace(device="cpu", dtype="float32"))
+    facts = provenance()
     console.print(json.dumps(facts), style="dim")
-    path = RESULTS / f"train_cpu_{facts['date']}.csv"
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*rows[0], *facts])
-        writer.writeheader()
-        writer.writerows({**row, **facts} for row in rows)
+    path = save("train_cpu", rows, facts)
     console.print(f"Written to {path}.")
 
 

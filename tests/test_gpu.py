@@ -5,6 +5,7 @@ import torch
 from test_loss import TARGETS, extras
 
 from trl_qtarget import ProjectedLogits, build, qtarget_loss, reference_loss
+from trl_qtarget.loss import LabelCount
 
 
 pytestmark = [
@@ -70,3 +71,18 @@ def test_the_same_bits_every_time_and_no_logits_of_the_batch(name):
     assert all(torch.equal(a, b) for a, b in zip(first[1:], again[1:], strict=True))
     assert torch.equal(first[0].token_loss, again[0].token_loss)
     assert peak < 4 * V * D * 2 + 2**30  # the gradient of the head, wide and cast, and a tile
+
+
+@pytest.mark.parametrize("name", ["dft", "label_smoothing", "target_sft"])
+def test_no_step_waits_for_the_device(name):
+    """torch raises on whatever synchronises. The number of labels travels ahead, as the trainer lets it."""
+    c = problem(torch.bfloat16)
+    target = build(name)
+    fused(c, target, {})  # compiles the kernels
+    labelled = LabelCount(c["labels"])
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        fused(c, target, {}, labelled=labelled)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

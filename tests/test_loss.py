@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from trl_qtarget import PRESETS, ProjectedLogits, Residual, Target, TopKLogits, build, qtarget_loss, reference_loss
 from trl_qtarget.kernels import torch_tiles
+from trl_qtarget.loss import LabelCount
 
 
 SIGNATURE = {"prift": {"statistic": "mass"}}
@@ -106,6 +107,13 @@ def test_half_precision_errs_at_most_twice_as_much_as_eager(name, dtype):
     for a, b, exact in zip(fused, eager, reference, strict=True):
         error, allowed = (a.double() - exact).abs().max(), (b.double() - exact).abs().max()
         assert error <= 2 * allowed + 1e-5 * max(1, exact.abs().max())
+
+
+def test_a_known_number_of_labels_changes_nothing():
+    c = case(n=40)
+    target = build("target_sft")
+    plain, told = both(c, target)[1], both(c, target, labelled=LabelCount(c["labels"]))[1]
+    assert all(torch.equal(a, b) for a, b in zip(plain, told, strict=True))
 
 
 @pytest.mark.parametrize("name", ["nll", "target_sft", "label_smoothing"])

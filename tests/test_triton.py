@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from test_loss import TARGETS, TAUGHT, both, case, close, dense, extras, sparse_as_dense, top_k
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from trl_qtarget import ProjectedLogits, build, qtarget_loss, reference_loss
+from trl_qtarget import PRESETS, ProjectedLogits, build, qtarget_loss, reference_loss
 from trl_qtarget.kernels import tiles_for
+from trl_qtarget.loss import LabelCount
 
 
 pytest.importorskip("triton")
@@ -19,41 +21,67 @@ on_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpre
 
 @on_cpu
 @pytest.mark.parametrize(("name", "kwargs"), TARGETS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("V", [1, 31, 1537])
-def test_every_preset_equals_the_specification(name, kwargs, V):
-    c = case(n=9, V=V, bias=True, spread=0.5)
-    _, fused, reference = both(c, build(name, **kwargs), extras(name, c), backend="triton", chunk_size=4)
-    close(fused, reference)
-
-
-@on_cpu
 @pytest.mark.parametrize("n", [0, 1, 65])
-@pytest.mark.parametrize("name", ["dft", "target_sft", "label_smoothing"])
-def test_any_number_of_rows(name, n):
-    c = case(n=n, V=31)
-    _, fused, reference = both(c, build(name), backend="triton")
-    close(fused, reference)
-
-
-@on_cpu
-@pytest.mark.parametrize("name", ["dft", "target_sft"])
-def test_half_precision_inputs(name):
-    c = case(n=9, V=257, dtype=torch.bfloat16, spread=0.3)
-    triton, torch_ = (both(c, build(name), backend=b)[1] for b in ("triton", "torch"))
-    close(triton, torch_, rtol=2e-2, atol=2e-2)
+def test_every_preset_equals_the_specification(name, kwargs, dtype, V, n):
+    """In bfloat16 products round, so there the twin that rounds alike is the measure, and the reference of that."""
+    c = case(n=n, V=V, dtype=dtype, bias=True, spread=0.5)
+    target, more = build(name, **kwargs), extras(name, c)
+    chunk = None if dtype == torch.bfloat16 else 40
+    _, fused, reference = both(c, target, more, backend="triton", chunk_size=chunk)
+    if dtype == torch.float32:
+        close(fused, reference)
+    else:
+        close(fused, both(c, target, more, backend="torch")[1], rtol=1e-2, atol=1e-3)
 
 
 @on_cpu
 @pytest.mark.parametrize("name", TAUGHT)
-@pytest.mark.parametrize("k", [1, 20, 67])
-def test_sparse_teachers(name, k):
-    c = case(masked=False, spread=0.5)
+@pytest.mark.parametrize(("V", "k"), [(67, 1), (67, 20), (67, 67), (1537, 20), (1537, 1537), (31, 20), (1, 1)])
+def test_sparse_teachers(name, V, k):
+    c = case(V=V, masked=False, spread=0.5)
     sparse = top_k(c, k)
     c["labels"][0] = sparse.ids[0, 0]
     z = dense(c["hidden"], c["weight"])
     loss = reference_loss(z, c["labels"], build(name), sparse_as_dense(c, sparse, z))
     fused = both(c, build(name), teacher=sparse, backend="triton")[1]
     close(fused, (loss, *torch.autograd.grad(loss, (c["hidden"], c["weight"]))))
+
+
+class Waits(TorchDispatchMode):
+    """The operators that make the host wait for a device."""
+
+    FORBIDDEN = ("aten._local_scalar_dense", "aten.nonzero", "aten.masked_select", "aten._unique2", "aten.is_nonzero")
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen += [str(func)] if str(func).startswith(self.FORBIDDEN) else []
+        return func(*args, **(kwargs or {}))
+
+
+@on_cpu
+@pytest.mark.parametrize("name", [name for name in PRESETS if not build(name).whole_batch])
+@pytest.mark.parametrize("sparse", [False, True])
+def test_no_step_waits_for_the_device(name, sparse):
+    if sparse and name not in TAUGHT:
+        return
+    c = case()
+    with Waits() as waits:
+        labelled = LabelCount(c["labels"])
+        launched = len(waits.seen)
+        both_ = {"teacher": top_k(c, 5) if sparse else c["teacher"], **extras(name, c)}
+        count = int(labelled)  # an event on a GPU
+        waits.seen.clear()
+        out = qtarget_loss(
+            c["hidden"], c["weight"], c["labels"], build(name), backend="triton", labelled=count, **both_
+        )
+        (out.loss / 7).backward()
+    assert not launched
+    assert waits.seen == []
 
 
 @on_cpu

@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from .kernels.products import Head
-from .loss import QTargetOutput, qtarget_loss
+from .loss import LabelCount, QTargetOutput, qtarget_loss
 from .reference import IGNORE, dense_tokens
 from .target import Target
 from .teachers.base import ProjectedLogits
@@ -165,6 +165,7 @@ class Scorer:
     reference_log_p_y: Tensor | None = None  # (B, T)
     token_weight: Tensor | None = None  # (B, T)
     trajectory: Tensor | None = None  # (B, T)
+    labelled: LabelCount | None = None
     check: bool = False
     called: bool = False
 
@@ -198,6 +199,7 @@ class Scorer:
             softcap=head.softcap,
             backend=self.backend,
             chunk_size=self.chunk_size,
+            labelled=self.labelled,
         )
 
     def log_p_y(self, other: ProjectedLogits, labels: Tensor) -> Tensor:  # (B, T)

@@ -31,6 +31,25 @@ class QTargetOutput:
     grad_mass: Tensor  # s/2 ||Q - p||_1, half the L1 norm of the gradient in the logits
 
 
+class LabelCount:
+    """How many labels are not ignored, on its way to the host: begun before a model runs, read after it was launched.
+
+    Without it a GPU's queue runs empty while the host waits for this one number to learn how many rows there are.
+    """
+
+    def __init__(self, labels: Tensor):
+        self.count, self.event = (labels != IGNORE).sum(), None
+        if labels.is_cuda:
+            self.count = torch.empty((), dtype=torch.int64, pin_memory=True).copy_(self.count, non_blocking=True)
+            self.event = torch.cuda.Event()
+            self.event.record()
+
+    def __int__(self) -> int:
+        if self.event is not None:
+            self.event.synchronize()
+        return int(self.count)
+
+
 def qtarget_loss(
     hidden: Tensor,  # (N, D) or (..., D)
     weight: Tensor,  # (V, D)
@@ -46,6 +65,7 @@ def qtarget_loss(
     softcap: float | None = None,
     backend: str = "auto",
     chunk_size: int | None = None,
+    labelled: LabelCount | int | None = None,
 ) -> QTargetOutput:
     """Sum over labelled tokens of `s_t * CE(stopgrad[Q_t], p_t)`, with `Q = gamma * delta_y + (1 - gamma) * pi~`.
 
@@ -66,6 +86,7 @@ def qtarget_loss(
         token_weight: multiplies each token's loss; for `critical_token`, its mask.
         chunk_size: tokens per tile; None takes them from a budget of bytes. Results do not depend on it.
         backend: "auto" (Triton where it drives the device, else torch), "triton" or "torch".
+        labelled: how many labels are not ignored, where that is known: it spares waiting for the device.
 
     Raises:
         ValueError: shapes that do not fit, an input that the target needs and that is missing, an unknown backend, or
@@ -85,7 +106,7 @@ def qtarget_loss(
         chunk_size=chunk_size,
     )
     _check(hidden, head, job)
-    keep = (labels != IGNORE).nonzero().squeeze(-1)
+    keep = _labelled_rows(labels, labelled)
     if len(keep) < len(labels):
         hidden, job = hidden.index_select(0, keep), _take(job, keep)
     job = _only_what_is_needed(job)
@@ -97,6 +118,13 @@ def qtarget_loss(
         head = head.to(compute)
     loss = QTargetFunction.apply(hidden, weight, bias, job, head, wants)
     return QTargetOutput(loss, **{name: _spread(x, keep, shape) for name, x in job.columns.items()})
+
+
+def _labelled_rows(labels: Tensor, count: LabelCount | int | None) -> Tensor:
+    ignored = labels == IGNORE
+    if count is None:
+        return ignored.logical_not().nonzero().squeeze(-1)
+    return ignored.to(torch.uint8).argsort(stable=True)[: int(count)]  # `nonzero` would ask the device for its size
 
 
 def _flat(x: Tensor | None) -> Tensor | None:

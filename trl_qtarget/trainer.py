@@ -20,6 +20,7 @@ from .checks import compare_tokenizers, refuse, trusted_ids
 from .config import TargetSFTConfig, as_target_config
 from .data import TOKEN_COLUMNS, TokenColumnCollator, check_token_columns, cut_token_columns, trajectories
 from .head import SUMS, ScoredOutput, Scorer, check_head, install
+from .loss import LabelCount
 from .target import Target
 from .teachers.base import ProjectedLogits
 from .teachers.models import AdaptersOff, FrozenModel, Snapshot, base_model, evaluating, load
@@ -201,6 +202,7 @@ class TargetSFTTrainer(SFTTrainer):
         """The loss of this batch: what the teacher sees of it, and what is known of its tokens."""
         scorer = Scorer(self.target, self.args.qtarget_backend, self.args.qtarget_chunk_size, self._columns)
         scorer.check = not self._checked
+        scorer.labelled = LabelCount(inputs["labels"][:, 1:]) if "shift_labels" not in inputs else None
         scorer.token_weight = _shifted(columns["token_weight"]) if "token_weight" in columns else None
         if "token_weight" in self.target.needs and scorer.token_weight is None:
             raise ValueError(

@@ -1,7 +1,7 @@
 """Memory for tiles that one call leaves to the next.
 
 On a CPU fresh pages are dear: touching them for the first time costs more than all passes over a tile. So the tiles of
-a thread are kept, a few in number and bounded by the byte budget of `chunked`. Accelerators have allocators that do so.
+a thread are kept, few in number and bounded by the byte budget of `chunked`. Allocators of accelerators do it already.
 """
 
 from __future__ import annotations
