@@ -11,10 +11,10 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test lint format readme clean
+.PHONY: help quickstart test lint format readme bench bench-gpu clean
 
 help:  ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## /\1: /p' $(MAKEFILE_LIST) | awk -F': ' '{printf "  make %-11s %s\n", $$1, $$2}'
+	@sed -n 's/^\([a-z-]*\):.*## /\1: /p' $(MAKEFILE_LIST) | awk -F': ' '{printf "  make %-11s %s\n", $$1, $$2}'
 
 quickstart: $(VENV)/.installed-plot  ## train and compare three losses on a tiny pretrained model, a few minutes
 	$(BIN)/python recipes/quickstart/run.py $(ARGS)
@@ -34,6 +34,13 @@ format: $(VENV)/.installed-test,lint  ## what ruff can repair by itself
 
 readme: $(VENV)/.installed-test,lint  ## write the table of losses into README.md
 	$(BIN)/python tests/test_readme.py
+
+bench: $(VENV)/.installed-test,lint  ## the kernels beside TRL's and beside the bare products: a table, curves, a CSV; ten minutes
+	OMP_NUM_THREADS=$$(nproc) $(BIN)/python -m benchmarks.kernel $(ARGS)
+
+bench-gpu: $(VENV)/.installed-test,lint  ## the tests and the benchmark that need a GPU
+	$(BIN)/python -m pytest -m gpu tests/test_gpu.py
+	$(BIN)/python -m benchmarks.kernel --dtype bfloat16 --width 2048 --teacher_width 4096 $(ARGS)
 
 clean:  ## remove the environment and everything the tools left behind
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .import_linter_cache .hypothesis

@@ -22,16 +22,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import load_dataset
 from rich.table import Table
 
 from benchmarks.kernel import console
 from benchmarks.machine import forget_peak, provenance, resident, save
+from trl_qtarget import head
 
 
 ROOT = Path("runs/smollm2-135m")
 SHAPE = {"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "report_to": "none", "max_length": 512}
-TRAINERS = ["TRL nll", "TRL dft", "nll", "dft", "asft", "target_sft"]
+TRAINERS = ["TRL nll", "TRL dft", "TRL distillation", "nll", "dft", "asft", "target_sft"]
 
 
 def make(name: str, args: argparse.Namespace, out: str) -> Any:
@@ -42,11 +44,38 @@ def make(name: str, args: argparse.Namespace, out: str) -> Any:
 
     data = load_dataset("json", data_files=str(args.data), split="train").select(range(args.rows * 8))
     shape = {**SHAPE, "output_dir": out, "per_device_train_batch_size": args.rows, "learning_rate": 1e-6}
+    if name == "TRL distillation":
+        return distillation(args, shape, data)
     if name.startswith("TRL "):
         return SFTTrainer(str(args.model), SFTConfig(**shape, loss_type=name.split()[1]), train_dataset=data)
     teacher = {"teacher_model_name_or_path": str(args.teacher)} if name == "target_sft" else {}
     config = TargetSFTConfig(**shape, loss=name, qtarget_self_check=False, **teacher)
     return TargetSFTTrainer(str(args.model), config, train_dataset=data)
+
+
+def distillation(args: argparse.Namespace, shape: dict, data: Any) -> Any:
+    """TRL's forward KL to a teacher, given the completions of the data instead of those it would generate."""
+    from trl import DistillationConfig, DistillationTrainer
+    from trl.trainer.utils import pad
+
+    class Offline(DistillationTrainer):
+        def _prepare_inputs(self, generation_batch: Any) -> dict:
+            ids, labels = generation_batch["input_ids"], generation_batch["labels"]
+            lengths = generation_batch["attention_mask"].sum(-1).tolist()
+            starts = (labels != -100).int().argmax(-1).tolist()
+            prompts = [row[:start] for row, start in zip(ids, starts, strict=True)]
+            completions = [row[start:end] for row, start, end in zip(ids, starts, lengths, strict=True)]
+            masks = [[torch.ones_like(x) for x in part] for part in (prompts, completions)]
+            return {
+                "prompt_ids": pad(prompts, self._tokenizer.pad_token_id, padding_side="left"),
+                "prompt_mask": pad(masks[0], 0, padding_side="left"),
+                "completion_ids": pad(completions, self._tokenizer.pad_token_id),
+                "completion_mask": pad(masks[1], 0),
+            }
+
+    shape = {name: value for name, value in shape.items() if name != "max_length"}
+    config = DistillationConfig(**shape, beta=0.0)
+    return Offline(str(args.model), str(args.teacher), args=config, train_dataset=data.select_columns("prompt"))
 
 
 def stepper(trainer: Any) -> Callable[[dict], None]:
@@ -85,19 +114,35 @@ def peak(name: str, args: argparse.Namespace) -> float:
     return float(run.stdout.split()[-1])
 
 
+class HeadClock:
+    """Seconds spent in `qtarget_loss`, which holds all of the head: its backward pass is one multiplication."""
+
+    def __init__(self) -> None:
+        self.seconds, self.loss, head.qtarget_loss = 0.0, head.qtarget_loss, self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        start = time.perf_counter()
+        out = self.loss(*args, **kwargs)
+        self.seconds += time.perf_counter() - start
+        return out
+
+
 def compare(args: argparse.Namespace) -> list[dict]:
+    clock = HeadClock()
     with tempfile.TemporaryDirectory() as out:
         trainers = {name: make(name, args, out) for name in args.only}
         steps = {name: stepper(trainer) for name, trainer in trainers.items()}
         batches = list(trainers[args.only[0]].get_train_dataloader())
         seconds: dict[str, list[float]] = {name: [] for name in args.only}
+        heads: dict[str, list[float]] = {name: [] for name in args.only}
         for turn in range(args.turns + 1):
             batch = batches[turn % len(batches)]
             for name, step in steps.items():
-                start = time.perf_counter()
+                start, clock.seconds = time.perf_counter(), 0.0
                 step(batch)
                 if turn:  # the first one warms up
                     seconds[name].append(time.perf_counter() - start)
+                    heads[name].append(clock.seconds / seconds[name][-1])
     tokens = statistics.mean(b["attention_mask"].sum().item() for b in batches)
     base = args.only[0]
     rows = []
@@ -108,6 +153,7 @@ def compare(args: argparse.Namespace) -> list[dict]:
             "trainer": name, "rows": args.rows, "tokens": round(tokens), "seconds_a_step": round(median, 3),
             f"to_{base.replace(' ', '_')}": round(statistics.median(ratios), 3),
             "tokens_a_second": round(tokens / median),
+            "share_of_head": round(statistics.median(heads[name]), 3) or "",  # TRL's has no such seam
             "peak_mib": round(peak(name, args)) if args.memory else "",
         })  # fmt: skip
     return rows

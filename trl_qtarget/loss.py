@@ -152,13 +152,13 @@ def _take(job: Job, keep: Tensor) -> Job:
 
 
 def _only_what_is_needed(job: Job) -> Job:
-    """Drop a teacher that the target does not read, and number trajectories from zero."""
+    """Drop a teacher and trajectories that the target does not read, and number the others from zero."""
     reads_label = {"reference_log_p_y", "snapshot"} & set(job.target.needs) and job.reference_log_p_y is None
     teacher = job.teacher if job.target.needs_teacher_logits or reads_label else None
     if isinstance(teacher, ProjectedLogits):
         dtype = teacher.weight.dtype
         teacher = replace(teacher, hidden=teacher.hidden.detach().to(dtype), weight=teacher.weight.detach())
-    trajectory = job.trajectory
+    trajectory = job.trajectory if job.target.whole_batch else None
     if trajectory is not None:
         trajectory = trajectory.unique(return_inverse=True)[1]
     return replace(job, teacher=teacher, trajectory=trajectory)
