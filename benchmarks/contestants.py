@@ -110,6 +110,18 @@ def liger_nll(p: Problem) -> Callable[[], None]:
     return lambda: Function.apply(p.hidden, p.weight, p.labels, None, None, -100, 0.0, 0.0, "sum")[0].backward()
 
 
+def liger_jsd(p: Problem) -> Callable[[], None]:
+    """Its Jensen-Shannon divergence at beta = 0, the forward KL; a mean, made a sum."""
+    if not p.hidden.is_cuda:
+        raise ImportError("Liger's kernels need a GPU")
+    from liger_kernel.ops.fused_linear_jsd import LigerFusedLinearJSDFunction as Function
+
+    n = len(p.hidden)
+    return lambda: (
+        Function.apply(p.hidden, p.weight, p.teacher_hidden, p.teacher_weight, p.labels, 0.0, -100, 1.0) * n
+    ).backward()
+
+
 def cce(p: Problem) -> Callable[[], None]:
     if not p.hidden.is_cuda:
         raise ImportError("cut cross entropy needs a GPU")
@@ -155,6 +167,7 @@ CONTESTANTS: dict[str, Callable[[Problem], Callable[[], None]]] = {
     "TRL nll": trl_nll,
     "TRL divergence": trl_divergence,
     "Liger nll": liger_nll,
+    "Liger JSD": liger_jsd,
     "CCE nll": cce,
     "plain logits": plain,
 }
@@ -163,6 +176,6 @@ EXPECTED = {
     "nll": ("nll", None), "dft": ("dft", None), "label_smoothing": ("label_smoothing", None), "gem": ("gem", None),
     "target_sft K=64": ("target_sft", "sparse"), "target_sft dense": ("target_sft", "dense"),
     "kd dense": ("kd", "dense"),
-    "TRL nll": ("nll", None), "TRL divergence": ("kd", "dense"), "Liger nll": ("nll", None), "CCE nll": ("nll", None),
-    "plain logits": ("nll", None),
+    "TRL nll": ("nll", None), "TRL divergence": ("kd", "dense"), "plain logits": ("nll", None),
+    "Liger nll": ("nll", None), "Liger JSD": ("kd", "dense"), "CCE nll": ("nll", None),
 }  # fmt: skip

@@ -30,7 +30,7 @@ VARIANTS = {
     "teacher": (True, True, True, False),
     "softcap": (True, True, True, True),
 }
-INTEGERS = {"stride_z", "stride_t", "n", "V"}
+INTEGERS = {"stride_g", "stride_z", "stride_t", "n", "V"}
 FLOATS = {"student", "teacher", "softcap"}
 FLAGS = ("HAS_POOL", "HAS_STUDENT", "HAS_TEACHER", "HAS_SOFTCAP")
 
@@ -44,7 +44,7 @@ def compiled(kernel, flags, target):
         elif name in INTEGERS | FLOATS:
             types[name] = "i32" if name in INTEGERS else "fp32"
         else:
-            types[name] = "*i64" if name == "y_ptr" else "*fp32"
+            types[name] = {"y_ptr": "*i64", "g_ptr": "*bf16"}.get(name, "*fp32")
     source = ASTSource(kernel, types, constexprs=constants)
     return triton.compile(source, target=target, options={"num_warps": NUM_WARPS})
 

@@ -70,7 +70,7 @@ def test_the_same_bits_every_time_and_no_logits_of_the_batch(name):
     peak = torch.cuda.max_memory_allocated() - before
     assert all(torch.equal(a, b) for a, b in zip(first[1:], again[1:], strict=True))
     assert torch.equal(first[0].token_loss, again[0].token_loss)
-    assert peak < 4 * V * D * 2 + 2**30  # the gradient of the head, wide and cast, and a tile
+    assert peak < 4 * V * D * 2 + 2**31  # the gradient of the head, wide and cast, and a tile with its own gradient
 
 
 @pytest.mark.parametrize("name", ["dft", "label_smoothing", "target_sft"])

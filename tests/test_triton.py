@@ -11,7 +11,7 @@ from test_loss import TARGETS, TAUGHT, both, case, close, dense, extras, sparse_
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from trl_qtarget import PRESETS, ProjectedLogits, build, qtarget_loss, reference_loss
-from trl_qtarget.kernels import tiles_for
+from trl_qtarget.kernels import chunked, tiles_for
 from trl_qtarget.loss import LabelCount
 
 
@@ -47,6 +47,19 @@ def test_sparse_teachers(name, V, k):
     loss = reference_loss(z, c["labels"], build(name), sparse_as_dense(c, sparse, z))
     fused = both(c, build(name), teacher=sparse, backend="triton")[1]
     close(fused, (loss, *torch.autograd.grad(loss, (c["hidden"], c["weight"]))))
+
+
+@on_cpu
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("name", ["dft", "target_sft", "label_smoothing"])
+def test_a_gradient_in_the_type_of_its_products(name, sparse, backend, monkeypatch):
+    """As on a GPU with bfloat16 weights: the tile's gradient is written once, rounded, beside the logits."""
+    c = case(n=21, V=257, dtype=torch.bfloat16, spread=0.3)
+    options = {"backend": backend, "teacher": top_k(c, 9) if sparse else None, "softcap": 5.0}
+    wide = both(c, build(name), **options)[1]
+    monkeypatch.setattr(chunked, "gradient_dtype", lambda hidden: torch.bfloat16)
+    close(both(c, build(name), **options)[1], wide, rtol=2e-2, atol=2e-2)
 
 
 class Waits(TorchDispatchMode):

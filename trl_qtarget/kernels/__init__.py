@@ -1,7 +1,7 @@
 """Which tiles serve a device: `triton_tiles` where Triton drives it, `torch_tiles` elsewhere. They are twins:
 
 rows(z, labels, residual, teacher, softcap)   statistics of some rows of logits, each (r,)
-    .write_gradient(w_y, w_r)                 the gradient over the logits; its L1 norm (r,) or None
+    .write_gradient(w_y, w_r, out)            the gradient, perhaps over the logits; its L1 norm (r,) or None
 block_rows(V, dtype, device)                  how many rows to hand over at once
 cap_(z, softcap)                              softcap * tanh(z / softcap), in place
 """

@@ -21,12 +21,12 @@ from torch.autograd.function import once_differentiable
 
 from ..target import RowWeights, Target, Tokens
 from ..teachers.base import ProjectedLogits, TeacherLogits, TopKLogits
-from .products import Head, add_weight_gradient, hidden_gradient, project, wide
+from .products import Head, add_weight_gradient, gradient_dtype, hidden_gradient, project, wide
 from .scratch import scratch
 
 
 TILE_BYTES = {"cpu": 5 * 2**25}  # logits of one tile, of both models; elsewhere:
-TILE_BYTES_ACCELERATOR = 2**29
+TILE_BYTES_ACCELERATOR = 2**30  # some 1,700 rows: below a thousand, adding to the (V, D) gradient waits for memory
 ROW_MULTIPLE = 128  # of rows in a tile: a product of fewer rows does not fill the machine
 
 COLUMNS = ("token_loss", "log_p_y", "trust", "entropy", "is_top1", "target_p_y", "moved", "grad_mass")
@@ -64,17 +64,20 @@ class Job:
         size = min(size, N)
         tile = scratch("student", (size, V), hidden, dtype)
         teacher_tile = scratch("teacher", (size, V), hidden, dtype) if dense else None
+        factor = gradient_dtype(hidden)
+        gradient_tile = tile if factor == dtype or not any(wants) else scratch("gradient", (size, V), hidden, factor)
         for start in range(0, N, max(size, 1)):
             part = slice(start, min(start + size, N))
             n = part.stop - start
             z = project(hidden[part], head, tile[:n])
-            self._walk(z, self._project_teacher(part, teacher_tile), part, head.softcap, any(wants))
+            g = gradient_tile[:n]
+            self._walk(z, self._project_teacher(part, teacher_tile), g, part, head.softcap, any(wants))
             if grad_hidden is not None:
-                hidden_gradient(z, replace(head, scale=1.0), grad_hidden[part])
+                hidden_gradient(g, head.weight, grad_hidden[part])
             if grad_weight is not None:
-                add_weight_gradient(z, hidden[part], grad_weight, first=start == 0)
+                add_weight_gradient(g, hidden[part], grad_weight, first=start == 0)
             if grad_bias is not None:
-                grad_bias += z.sum(0)
+                grad_bias += g.sum(0, dtype=dtype)
         return grad_hidden, grad_weight, grad_bias
 
     def _project_teacher(self, part: slice, tile: Tensor | None) -> Tensor | tuple[Tensor, Tensor] | None:
@@ -93,7 +96,7 @@ class Job:
             t[:, common:] = -torch.inf
         return t
 
-    def _walk(self, z: Tensor, teacher, part: slice, softcap: float | None, wants_gradient: bool) -> None:
+    def _walk(self, z: Tensor, teacher, g: Tensor, part: slice, softcap: float | None, wants_gradient: bool) -> None:
         step = self.tiles.block_rows(z.shape[-1], z.dtype, z.device)
         for first in range(0, len(z), step):
             block = slice(first, min(first + step, len(z)))
@@ -102,10 +105,10 @@ class Job:
             if isinstance(taught, Tensor) and isinstance(self.teacher, ProjectedLogits):
                 taught = self.tiles.cap_(taught[block], self.teacher.softcap)
             rows = self.tiles.rows(z[block], self.labels[at], self.target.residual, taught, softcap)
-            self._weigh(rows, at, wants_gradient)
+            self._weigh(rows, at, g[block] if wants_gradient else None)
 
-    def _weigh(self, rows, at: slice, wants_gradient: bool) -> None:
-        """Results of one block, and the gradient over its logits."""
+    def _weigh(self, rows, at: slice, gradient: Tensor | None) -> None:
+        """Results of one block, and its gradient, which may take the place of the logits."""
         tokens = self._tokens(rows.log_p_y, rows, at)
         target = self.target
         if self.whole_batch is None:
@@ -124,8 +127,9 @@ class Job:
         }
         # a gradient nobody wants is still written where it takes a pass over the row to say how far the target moved
         norm = None
-        if wants_gradient or not target.residual.is_student:
-            norm = rows.write_gradient(weights.label.to(rows.z), weights.residual.to(rows.z))
+        if gradient is not None or not target.residual.is_student:
+            out = rows.z if gradient is None else gradient
+            norm = rows.write_gradient(weights.label.to(rows.z), weights.residual.to(rows.z), out)
         scale = weights.scale.abs()
         if norm is None:
             results["moved"] = weights.trust.abs() * -tokens.log_p_y.expm1()

@@ -39,49 +39,53 @@ class Head:
         return replace(self, weight=self.weight[:columns], bias=bias)
 
 
+def gradient_dtype(hidden: Tensor) -> torch.dtype:
+    """The type in which a tile's gradient enters its two products: bfloat16 where they still add up in float32.
+
+    float16 stays wide, since most of a vocabulary's gradient is below its smallest number.
+    """
+    return torch.bfloat16 if hidden.is_cuda and hidden.dtype == torch.bfloat16 else wide(hidden.dtype)
+
+
+def multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """`out = a b`, added up in the type of `out` wherever the device can."""
+    if a.dtype == out.dtype:
+        torch.mm(a, b, out=out)
+    elif a.is_cuda:
+        torch.mm(a, b, out_dtype=out.dtype, out=out)
+    else:
+        out.copy_(torch.mm(a, b))
+
+
 def project(hidden: Tensor, head: Head, out: Tensor) -> Tensor:  # (n, D), head, (n, V) wide -> out
     """Write `scale * (h W^T + b)` into `out`. The softcap is left to the tile, which walks it while it is cached."""
-    if hidden.dtype == out.dtype:
-        if head.bias is None:
-            torch.mm(hidden, head.weight.t(), out=out)
-        else:
-            torch.addmm(head.bias, hidden, head.weight.t(), out=out)
+    if head.bias is not None and hidden.dtype == out.dtype:
+        torch.addmm(head.bias, hidden, head.weight.t(), out=out)
     else:
-        if hidden.is_cuda:
-            torch.mm(hidden, head.weight.t(), out_dtype=out.dtype, out=out)
-        else:
-            out.copy_(torch.mm(hidden, head.weight.t()))
+        multiply(hidden, head.weight.t(), out)
         if head.bias is not None:
             out += head.bias
     return out if head.scale == 1 else out.mul_(head.scale)
 
 
-def hidden_gradient(gradient: Tensor, head: Head, out: Tensor) -> Tensor:  # (n, V) wide, head, (n, D) wide -> out
-    """Write `scale * G W` into `out`."""
-    if gradient.dtype == head.weight.dtype:
-        torch.mm(gradient, head.weight, out=out)
-        return out if head.scale == 1 else out.mul_(head.scale)
-    boost = FP16_GRADIENT_SCALE if head.weight.dtype == torch.float16 else 1.0
-    half = (gradient * boost if boost != 1 else gradient).to(head.weight.dtype)
-    if gradient.is_cuda:
-        torch.mm(half, head.weight, out_dtype=out.dtype, out=out)
-    else:
-        out.copy_(torch.mm(half, head.weight))
-    return out if head.scale == boost else out.mul_(head.scale / boost)
+def hidden_gradient(gradient: Tensor, weight: Tensor, out: Tensor) -> None:  # (n, V), (V, D), (n, D) wide -> out
+    """Write `G W` into `out`, without the head's scale, which the caller folds into the last multiplication."""
+    boost = FP16_GRADIENT_SCALE if weight.dtype == torch.float16 else 1.0
+    multiply((gradient * boost if boost != 1 else gradient).to(weight.dtype), weight, out)
+    if boost != 1:
+        out.div_(boost)
 
 
 def add_weight_gradient(
-    gradient: Tensor,  # (n, V) wide
+    gradient: Tensor,  # (n, V)
     hidden: Tensor,  # (n, D)
     out: Tensor,  # (V, D) wide
     first: bool,  # nothing is there yet: write, which spares a pass over (V, D)
 ) -> None:
-    """`out += G^T h`, without the head's scale, which the caller folds into the last multiplication."""
-    if gradient.is_cuda and hidden.dtype == torch.bfloat16:
-        half = gradient.to(hidden.dtype).t()
-        if first:
-            torch.mm(half, hidden, out_dtype=out.dtype, out=out)
-        else:
-            torch.addmm(out, half, hidden, out_dtype=out.dtype, out=out)
+    """`out += G^T h`, without the head's scale."""
+    if gradient.dtype == out.dtype:
+        torch.addmm(out, gradient.t(), hidden.to(out.dtype), beta=0 if first else 1, out=out)
+    elif first:
+        multiply(gradient.t(), hidden, out)
     else:
-        torch.addmm(out, gradient.t(), hidden.to(gradient.dtype), beta=0 if first else 1, out=out)
+        torch.addmm(out, gradient.t(), hidden, out_dtype=out.dtype, out=out)

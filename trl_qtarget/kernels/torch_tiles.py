@@ -1,7 +1,7 @@
 """Row kernels in torch: statistics of a block of logits, then its gradient written over it.
 
     rows(z, labels, residual, teacher)   the statistics that `Tokens` reads, each (r,); z is shifted in place
-    .write_gradient(w_y, w_r)            z now holds dloss/dz; returns its L1 norm (r,), or None where p_y tells it
+    .write_gradient(w_y, w_r, out)       out, perhaps z, holds dloss/dz; returns its L1 norm (r,), or None if p_y tells
 
     dloss/dz = (w_y + w_r) * p - w_y * delta_y - w_r * pi~
 
@@ -126,13 +126,18 @@ class StudentRows:
     def residual_kl(self) -> Tensor:
         return torch.zeros_like(self.log_p_y)
 
-    def write_gradient(self, label_weight: Tensor, residual_weight: Tensor) -> Tensor | None:
+    def write_gradient(self, label_weight: Tensor, residual_weight: Tensor, out: Tensor) -> Tensor | None:
         slope = self._slope()
         torch.mul(self.e, (label_weight / self.sum)[:, None], out=self.z)
         self._subtract_label(label_weight)
+        self._finish(slope, out)
+        return None
+
+    def _finish(self, slope: Tensor | None, out: Tensor) -> None:
         if slope is not None:
             self.z.mul_(slope)
-        return None
+        if out.data_ptr() != self.z.data_ptr():
+            out.copy_(self.z)
 
     def _slope(self) -> Tensor | None:
         """d softcap(x) / dx from its result, read before the gradient takes the logits' place."""
@@ -179,14 +184,13 @@ class DenseRows(StudentRows):
         negentropy = torch.special.xlogy(self.pool, self.pool).sum(-1) / self.pool_sum - self.pool_sum.log()
         return (self.residual_nll + negentropy).clamp(min=0)
 
-    def write_gradient(self, label_weight: Tensor, residual_weight: Tensor) -> Tensor:
+    def write_gradient(self, label_weight: Tensor, residual_weight: Tensor, out: Tensor) -> Tensor:
         slope = self._slope()
         torch.mul(self.e, ((label_weight + residual_weight) / self.sum)[:, None], out=self.z)
         self.z.addcmul_(self.pool, (-residual_weight / self.pool_sum)[:, None])
         self._subtract_label(label_weight)
         norm = torch.abs(self.z, out=self.e).sum(-1)
-        if slope is not None:
-            self.z.mul_(slope)
+        self._finish(slope, out)
         return norm
 
 
@@ -209,12 +213,11 @@ class SparseRows(SparseStatistics, StudentRows):
         self.e.scatter_(-1, self.ids, e)
         return self.tail_sum + e.sum(-1), self.tail_dot + (e * z).sum(-1)
 
-    def write_gradient(self, label_weight: Tensor, residual_weight: Tensor) -> Tensor:
+    def write_gradient(self, label_weight: Tensor, residual_weight: Tensor, out: Tensor) -> Tensor:
         slope = self._slope()
         gradient = self.sparse.gradient(label_weight, residual_weight, self.log_p_y)
         torch.mul(self.e, (gradient.tail / self.sum).to(self.e)[:, None], out=self.z)
         self.z.scatter_(-1, self.ids, gradient.known.to(self.z))
         self._subtract_label(gradient.label.to(self.z))
-        if slope is not None:
-            self.z.mul_(slope)
+        self._finish(slope, out)
         return gradient.norm

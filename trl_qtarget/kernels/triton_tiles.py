@@ -2,7 +2,8 @@
 
     statistics_kernel   one program a row walks its columns once and carries sums relative to the running maximum
     gradient_kernel     programs over (row, block of columns) recompute p and pi~ from those sums, write the gradient
-                        over the logits, and leave one partial L1 norm each: no atomics, so results repeat bit for bit
+                        over the logits or, in the type of the products that follow, beside them, and leave one partial
+                        L1 norm each: no atomics, so results repeat bit for bit
 
 A sparse teacher costs no kernel of its own: its K columns are lifted out of the row (their logits become -inf), the
 rest is a row like any other, and K numbers a row are put back in torch. Statistics that few losses read (top-20
@@ -121,13 +122,14 @@ def statistics_kernel(
 
 @triton.jit(do_not_specialize=["n"])
 def gradient_kernel(
-    z_ptr,  # (n, V) logits in, gradient out
+    z_ptr,  # (n, V) logits
+    g_ptr,  # (n, V) the gradient, perhaps z_ptr
     t_ptr,  # (n, V), or anything without HAS_TEACHER
     y_ptr,  # (n,)
     max_ptr, sum_ptr, pool_max_ptr, pool_sum_ptr,  # (n,) of the statistics
     student_weight_ptr, label_weight_ptr, pool_weight_ptr,  # (n,)
     norm_ptr,  # (blocks, n)
-    stride_z, stride_t, n, V, student, teacher, softcap,
+    stride_g, stride_z, stride_t, n, V, student, teacher, softcap,
     HAS_POOL: tl.constexpr, HAS_STUDENT: tl.constexpr, HAS_TEACHER: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):  # fmt: skip
@@ -148,7 +150,7 @@ def gradient_kernel(
     if HAS_SOFTCAP:
         capped_part = tl.where(z > float("-inf"), z / softcap, 0.0)
         g *= 1 - capped_part * capped_part
-    tl.store(z_ptr + row * stride_z + columns, g.to(z_ptr.dtype.element_ty), mask=inside)
+    tl.store(g_ptr + row * stride_g + columns, g.to(g_ptr.dtype.element_ty), mask=inside)
 
 
 def rows(
@@ -243,21 +245,21 @@ class TritonRows:
             return torch.zeros_like(self.log_p_y)
         return (self.residual_nll + self.pool_dot / self.pool_sum - self.pool_sum.log()).clamp(min=0)
 
-    def write_gradient(self, label_weight: Tensor, residual_weight: Tensor) -> Tensor | None:
+    def write_gradient(self, label_weight: Tensor, residual_weight: Tensor, out: Tensor) -> Tensor | None:
         student_weight = label_weight + residual_weight if self.pooled else label_weight
-        norm = self._write(student_weight, label_weight, residual_weight)
+        norm = self._write(student_weight, label_weight, residual_weight, out)
         return norm if self.pooled else None
 
-    def _write(self, student_weight: Tensor, label_weight: Tensor, pool_weight: Tensor) -> Tensor:
-        """The gradient over the logits; returns its L1 norm, partial sums added in a fixed order."""
+    def _write(self, student_weight: Tensor, label_weight: Tensor, pool_weight: Tensor, out: Tensor) -> Tensor:
+        """The gradient; returns its L1 norm, partial sums added in a fixed order."""
         n, V = self.z.shape
         flags = self._flags()
         blocks = triton.cdiv(V, flags["BLOCK_V"])
         norms = torch.empty(blocks, n, dtype=torch.float32, device=self.z.device)
         if n:
             gradient_kernel[(n, blocks)](
-                self.z, self.t, self.labels, self.max, self.sum, self.pool_max, self.pool_sum,
-                student_weight, label_weight, pool_weight, norms, *self._scalars(), **flags,
+                self.z, out, self.t, self.labels, self.max, self.sum, self.pool_max, self.pool_sum,
+                student_weight, label_weight, pool_weight, norms, out.stride(0), *self._scalars(), **flags,
             )  # fmt: skip
         return norms.sum(0)
 
@@ -293,11 +295,11 @@ class SparseRows(SparseStatistics, TritonRows):
         whole = self.z.scatter(-1, self.ids, self.raw_known)
         return torch_tiles.evenness(cap_(whole.topk(min(k, whole.shape[-1])).values, self.softcap))
 
-    def write_gradient(self, label_weight: Tensor, residual_weight: Tensor) -> Tensor:
+    def write_gradient(self, label_weight: Tensor, residual_weight: Tensor, out: Tensor) -> Tensor:
         gradient = self.sparse.gradient(label_weight, residual_weight, self.log_p_y)
-        self._write(gradient.tail.to(label_weight), gradient.label.to(label_weight), residual_weight)
+        self._write(gradient.tail.to(label_weight), gradient.label.to(label_weight), residual_weight, out)
         known = gradient.known
         if self.softcap is not None:
             known = known * (1 - (self.known / self.softcap).square())
-        self.z.scatter_(-1, self.ids, known.to(self.z))
+        out.scatter_(-1, self.ids, known.to(out))
         return gradient.norm
