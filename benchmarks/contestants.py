@@ -52,10 +52,7 @@ class Problem:
             return None
         if teacher == "dense":
             return self.teacher_hidden.double() @ self.teacher_weight.double().T
-        ids, log_q = self.sparse.ids, self.sparse.log_probs.double()
-        tail = logits.log_softmax(-1).scatter(-1, ids, -torch.inf).log_softmax(-1)
-        mass = torch.log(-torch.expm1(log_q.logsumexp(-1, keepdim=True)))
-        return (tail + mass).scatter(-1, ids, log_q)
+        return self.sparse.dense(logits)
 
     def clear(self) -> None:
         self.hidden.grad = self.weight.grad = None

@@ -494,7 +494,7 @@ def test_every_private_name_we_read_is_there(train):
 def test_the_fields_we_add_are_these_and_no_others():
     added = set(Config.__dataclass_fields__) - set(SFTConfig.__dataclass_fields__)
     assert added == {
-        "loss", "loss_kwargs", "teacher_model_name_or_path", "teacher_model_revision", "teacher_model_init_kwargs",
+        "loss", "loss_kwargs", "teacher_model_name_or_path", "teacher_model_revision", "teacher_model_init_kwargs", "teacher_cache",
         "trust_floor", "trust_token_ids", "qtarget_backend", "qtarget_chunk_size", "qtarget_self_check",
     }  # fmt: skip
 

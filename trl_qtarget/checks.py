@@ -35,10 +35,19 @@ def compare_tokenizers(model: Any, teacher: Any, processing_class: Any, args: Ta
 def refuse(args: TargetSFTConfig, target: Target, teacher: Any, kwargs: dict[str, Any]) -> None:
     """What would be ignored in silence, or cannot be right; said before any data is tokenized."""
     loss = args.loss
-    if "teacher" in target.needs and teacher is None:
-        raise ValueError(f"Loss {loss!r} needs a teacher: pass --teacher_model_name_or_path, or teacher_model=.")
+    cached = args.teacher_cache is not None
+    if "teacher" in target.needs and teacher is None and not cached:
+        raise ValueError(
+            f"Loss {loss!r} needs a teacher: pass --teacher_model_name_or_path, --teacher_cache, or teacher_model=."
+        )
     takes_model = target.needs_teacher_logits or "reference_log_p_y" in target.needs
-    if teacher is not None and not takes_model:
+    residual = target.residual
+    if cached and residual.teacher != 0 and residual.student + residual.teacher != 1:
+        raise ValueError(
+            f"Loss {loss!r} takes a residual whose exponents do not sum to one, which needs all of the teacher's "
+            "columns and not the most probable of a cache: pass --teacher_model_name_or_path instead."
+        )
+    if (teacher is not None or cached) and not takes_model:
         warnings.warn(f"Loss {loss!r} takes no teacher: the one given is not used.", stacklevel=3)
     if kwargs.get("compute_loss_func") is not None:
         raise ValueError(

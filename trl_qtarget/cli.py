@@ -67,6 +67,21 @@ def sft(argv: list[str]) -> int:
     return launching.launch(script.__name__, parsed.own, parsed.launch, f"{PROG} sft")
 
 
+def cache(argv: list[str]) -> int:
+    """Score a teacher once on the rows of a recipe, for --teacher_cache"""
+    from .scripts import cache as script
+    from .scripts import launching
+    from .scripts.parsing import fail
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the script itself will say them
+        parsed = script.make_parser(prog=f"{PROG} cache").parse(argv)
+    found = script.mistakes(*parsed.values)
+    if found:
+        fail(f"{PROG} cache", *found)
+    return launching.launch(script.__name__, parsed.own, parsed.launch, f"{PROG} cache")
+
+
 def evaluate(argv: list[str]) -> int:
     """Average@k of one or more models on problems with known answers"""
     from .scripts import eval as script
@@ -88,7 +103,7 @@ def losses(argv: list[str]) -> int:
     return 0
 
 
-COMMANDS: dict[str, Callable[[list[str]], int]] = {"sft": sft, "losses": losses, "eval": evaluate}
+COMMANDS: dict[str, Callable[[list[str]], int]] = {"sft": sft, "cache": cache, "losses": losses, "eval": evaluate}
 
 
 def _commands_of_trl() -> dict[str, str]:

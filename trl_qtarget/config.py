@@ -45,6 +45,9 @@ class TargetSFTConfig(SFTConfig):
             Branch, tag or commit of the teacher.
         teacher_model_init_kwargs (`dict[str, Any]` or `str`, *optional*):
             Keyword arguments for the teacher's `from_pretrained`, for example `{"dtype": "bfloat16"}`.
+        teacher_cache (`str`, *optional*):
+            Folder or Hub dataset that `trl-qtarget cache` made of these rows. It stands for the teacher, which is then
+            not loaded.
 
         > Parameters that control the computation
 
@@ -90,6 +93,10 @@ class TargetSFTConfig(SFTConfig):
     teacher_model_init_kwargs: dict[str, Any] | str | None = field(
         default=None,
         metadata={"help": 'Keyword arguments for the teacher\'s `from_pretrained`, e.g. \'{"dtype": "bfloat16"}\'.'},
+    )
+    teacher_cache: str | None = field(
+        default=None,
+        metadata={"help": "Folder or Hub dataset made by `trl-qtarget cache`; the teacher is then not loaded."},
     )
     qtarget_backend: str = field(
         default="auto",

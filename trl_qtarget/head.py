@@ -29,7 +29,7 @@ from .kernels.products import Head
 from .loss import LabelCount, QTargetOutput, qtarget_loss
 from .reference import IGNORE, dense_tokens
 from .target import Target
-from .teachers.base import ProjectedLogits
+from .teachers.base import ProjectedLogits, TeacherLogits, TopKLogits
 
 
 Reader = Callable[[Tensor, Tensor, Head, Tensor | None], Any]
@@ -161,7 +161,7 @@ class Scorer:
     backend: str = "auto"
     chunk_size: int | None = None
     columns: int | None = None  # compare student and teacher over these first ids only
-    teacher: ProjectedLogits | None = None  # hidden (B, T, D_T)
+    teacher: TeacherLogits | None = None  # hidden (B, T, D_T); ids and log_probs (B, T, K)
     reference_log_p_y: Tensor | None = None  # (B, T)
     token_weight: Tensor | None = None  # (B, T)
     trajectory: Tensor | None = None  # (B, T)
@@ -172,8 +172,8 @@ class Scorer:
     def __call__(self, hidden: Tensor, labels: Tensor, head: Head, aux_loss: Tensor | None) -> ScoredOutput:
         self.called = True
         hidden, labels = self._without_virtual_tokens(hidden, labels)
-        taught = self.teacher
-        with gathered(head.weight, head.bias, *(() if taught is None else (taught.weight, taught.bias))):
+        taught = (self.teacher.weight, self.teacher.bias) if isinstance(self.teacher, ProjectedLogits) else ()
+        with gathered(head.weight, head.bias, *taught):
             head = head if self.columns is None else head.first(self.columns)
             teacher = self._flat_teacher(hidden.device)
             out = self._loss(hidden, labels, head, teacher)
@@ -184,7 +184,7 @@ class Scorer:
         sums = torch.stack([count.float(), *(x.sum(dtype=torch.float32) for x in vectors)])
         return ScoredOutput(out.loss / count.clamp(min=1), out.loss, sums, aux_loss)
 
-    def _loss(self, hidden: Tensor, labels: Tensor, head: Head, teacher: ProjectedLogits | None) -> QTargetOutput:
+    def _loss(self, hidden: Tensor, labels: Tensor, head: Head, teacher: TeacherLogits | None) -> QTargetOutput:
         return qtarget_loss(
             hidden,
             head.weight,
@@ -210,14 +210,17 @@ class Scorer:
     def _without_virtual_tokens(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Prompt tuning puts tokens before the student's that no teacher sees, and nothing is learnt on them."""
         beside = [x.shape[1] for x in (self.token_weight, self.trajectory, self.reference_log_p_y) if x is not None]
-        beside += [] if self.teacher is None else [self.teacher.hidden.shape[1]]
+        beside += [self.teacher.hidden.shape[1]] if isinstance(self.teacher, ProjectedLogits) else []
+        beside += [self.teacher.ids.shape[1]] if isinstance(self.teacher, TopKLogits) else []
         width = min([*beside, hidden.shape[1]])
         return hidden[:, hidden.shape[1] - width :], labels[:, labels.shape[1] - width :]
 
-    def _flat_teacher(self, device: torch.device) -> ProjectedLogits | None:
+    def _flat_teacher(self, device: torch.device) -> TeacherLogits | None:
         t = self.teacher
         if t is None:
             return None
+        if isinstance(t, TopKLogits):
+            return TopKLogits(t.ids.flatten(0, 1).long(), t.log_probs.flatten(0, 1))
         head = t.head if self.columns is None else t.head.first(self.columns)
         bias = None if head.bias is None else head.bias.to(device)
         hidden = t.hidden.flatten(0, 1).to(device)
@@ -225,18 +228,20 @@ class Scorer:
 
     @torch.no_grad()
     def _compare_with_reference(
-        self, hidden: Tensor, labels: Tensor, head: Head, teacher: ProjectedLogits | None, out: QTargetOutput
+        self, hidden: Tensor, labels: Tensor, head: Head, teacher: TeacherLogits | None, out: QTargetOutput
     ) -> None:
         """Stop if the fused loss of a few tokens is not the specified one."""
         rows = (labels.flatten() != IGNORE).nonzero().squeeze(-1)[:SELF_CHECK_TOKENS]
         if not len(rows):
             return
         few = None if teacher is None else teacher.take(rows)
+        logits = _dense(hidden.flatten(0, 1)[rows], head)
+        taught = _dense(few.hidden, few.head) if isinstance(few, ProjectedLogits) else few and few.dense(logits)
         tokens = dense_tokens(
-            _dense(hidden.flatten(0, 1)[rows], head).double().log_softmax(-1),
+            logits.double().log_softmax(-1),
             labels.flatten()[rows],
             self.target,
-            None if few is None else _dense(few.hidden, few.head),
+            taught,
             *(None if x is None else x.flatten()[rows] for x in (self.reference_log_p_y, self.token_weight)),
         )
         expected = self.target.token_loss(self.target.weights(tokens), tokens)

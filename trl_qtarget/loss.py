@@ -134,6 +134,8 @@ def _flat(x: Tensor | None) -> Tensor | None:
 def _flat_teacher(teacher: TeacherLogits | None) -> TeacherLogits | None:
     if isinstance(teacher, ProjectedLogits):
         return replace(teacher, hidden=teacher.hidden.reshape(-1, teacher.hidden.shape[-1]))
+    if isinstance(teacher, TopKLogits):
+        return TopKLogits(teacher.ids.flatten(0, -2), teacher.log_probs.flatten(0, -2))
     return teacher
 
 
@@ -161,6 +163,8 @@ def _only_what_is_needed(job: Job) -> Job:
     trajectory = job.trajectory if job.target.whole_batch else None
     if trajectory is not None:
         trajectory = trajectory.unique(return_inverse=True)[1]
+    if isinstance(teacher, TopKLogits):
+        teacher = replace(teacher, ids=teacher.ids.long())  # a cache keeps them as int32
     return replace(job, teacher=teacher, trajectory=trajectory)
 
 

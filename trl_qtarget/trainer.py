@@ -22,8 +22,9 @@ from .data import TOKEN_COLUMNS, TokenColumnCollator, check_token_columns, cut_t
 from .head import SUMS, ScoredOutput, Scorer, check_head, install
 from .loss import LabelCount
 from .target import Target
-from .teachers.base import ProjectedLogits
+from .teachers.base import ProjectedLogits, TopKLogits
 from .teachers.models import AdaptersOff, FrozenModel, Snapshot, base_model, evaluating, load
+from .teachers.offline import TEACHER_COLUMNS, CachedTeacherCollator, open_cache
 
 
 POSITIONAL = list(inspect.signature(SFTTrainer.__init__).parameters)[3:]  # after self, model, args
@@ -86,7 +87,9 @@ class TargetSFTTrainer(SFTTrainer):
         kwargs |= dict(zip(POSITIONAL, positional, strict=False))
         args = as_target_config(args, model, teacher_model)
         self.target = args.target()
-        teacher_model = teacher_model or args.teacher_model_name_or_path
+        if teacher_model is not None and args.teacher_cache is not None:
+            raise ValueError("teacher_model and teacher_cache are both given: leave one of them out.")
+        teacher_model = teacher_model or (None if args.teacher_cache else args.teacher_model_name_or_path)
         refuse(args, self.target, teacher_model, kwargs)
         if teacher_model is not None and self._needs_model():
             compare_tokenizers(model, teacher_model, kwargs.get("processing_class"), args)
@@ -101,6 +104,8 @@ class TargetSFTTrainer(SFTTrainer):
         self.target = self.target.trusting(args.trust_floor, trusted_ids(self._tokenizer, args.trust_token_ids or []))
         self._columns: int | None = None
         self._teacher = self._make_teacher(teacher_model, reference)
+        if args.teacher_cache is not None and self._needs_model():
+            self._use_cache()
         self._checked = not args.qtarget_self_check
         self._sums: dict[str, list[Tensor]] = {"train": [], "eval": []}
 
@@ -111,7 +116,7 @@ class TargetSFTTrainer(SFTTrainer):
 
     def _copy_of_initial(self, model: Any, args: TargetSFTConfig, teacher: Any, peft_config: Any) -> Any:
         """A frozen copy of the student for losses that need a reference, unless something else can serve as one."""
-        if not self._needs_model() or "teacher" in self.target.needs or teacher is not None:
+        if not self._needs_model() or "teacher" in self.target.needs or teacher is not None or args.teacher_cache:
             return None
         if peft_config is not None or (not isinstance(model, str) and is_peft_model(model)):
             return None
@@ -123,7 +128,7 @@ class TargetSFTTrainer(SFTTrainer):
     def _make_teacher(self, teacher: Any, reference: Any) -> Any:
         if "snapshot" in self.target.needs:
             return Snapshot(self.model, self.target.snapshot_every)
-        if not self._needs_model():
+        if not self._needs_model() or self.args.teacher_cache is not None:
             return None
         if reference is not None:
             return FrozenModel(reference, self.accelerator)
@@ -135,6 +140,15 @@ class TargetSFTTrainer(SFTTrainer):
             teacher = load(teacher, self.args, **given, **({} if revision is None else {"revision": revision}))
         self._columns = self._common_columns(teacher)
         return FrozenModel(teacher, self.accelerator)
+
+    def _use_cache(self) -> None:
+        if self._is_vision_dataset:
+            raise ValueError("A teacher cache holds sequences of text: for images pass teacher_model_name_or_path.")
+        evaluated = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
+        columns = len(base_model(self.model).get_output_embeddings().weight)
+        cache = open_cache(self.args, self._tokenizer, columns, {"train": self.train_dataset, **evaluated})
+        self._columns = cache.settings.vocab_size if cache.settings.vocab_size < columns else None
+        self.data_collator = CachedTeacherCollator(self.data_collator, cache)
 
     def _common_columns(self, teacher: Any) -> int | None:
         """Over how many first ids the two are compared, where their heads differ in size."""
@@ -170,7 +184,7 @@ class TargetSFTTrainer(SFTTrainer):
         """Sum of the loss over labelled tokens, over the number of them in the whole optimizer step."""
         mode = "train" if self.model.training else "eval"
         inputs = {**inputs, "use_cache": False}
-        columns = {name: inputs.pop(name) for name in TOKEN_COLUMNS if name in inputs}
+        columns = {name: inputs.pop(name) for name in (*TOKEN_COLUMNS, *TEACHER_COLUMNS) if name in inputs}
         if self.aux_loss_enabled:
             inputs["output_router_logits"] = True
         plain = {name: value for name, value in inputs.items() if name != "labels"}
@@ -213,7 +227,11 @@ class TargetSFTTrainer(SFTTrainer):
             scorer.trajectory = trajectories(inputs)
         if isinstance(self._teacher, Snapshot) and mode == "train":
             self._teacher.renew(self.state.global_step)
-        if self.target.needs_teacher_logits:
+        if "teacher_ids" in columns:
+            scorer.teacher = TopKLogits(columns["teacher_ids"], columns["teacher_log_probs"])
+            if "reference_log_p_y" in self.target.needs:
+                scorer.teacher, scorer.reference_log_p_y = None, columns["teacher_log_p_y"]
+        elif self.target.needs_teacher_logits:
             scorer.teacher = self._teacher.read(plain)
         elif self._teacher is not None:
             scorer.reference_log_p_y = self._log_p_y(self._teacher.read(plain), inputs["labels"])

@@ -20,13 +20,13 @@ from .reading import UNSET, environment, load, nearest, read, words
 SCRIPT = "the script"  # stands for it until it is launched
 
 
-def fail(prog: str, *mistakes: Any) -> NoReturn:
-    """Say in one line each what the user got wrong, and exit with code 2."""
+def fail(prog: str, *mistakes: Any, code: int = 2) -> NoReturn:
+    """Say in one line each what the user got wrong, and exit."""
     if os.environ.get("RANK", "0") != "0":
         time.sleep(10)  # rank 0 says it, and its end ends this process; what only this rank knows is said here
     for mistake in mistakes:
         print(f"{prog}: {' '.join(str(mistake).split())}", file=sys.stderr)
-    raise SystemExit(2)
+    raise SystemExit(code)
 
 
 @dataclass(frozen=True)

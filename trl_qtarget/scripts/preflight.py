@@ -8,16 +8,19 @@ CONFIGS = ("config.json", "adapter_config.json")
 
 def mistakes(script_args, training_args, model_args, dataset_args) -> list[str]:
     """What would only come to light minutes later, or would destroy something."""
-    teacher, folder = training_args.teacher_model_name_or_path, Path(training_args.output_dir)
+    teacher, cache = training_args.teacher_model_name_or_path, training_args.teacher_cache
+    folder = Path(training_args.output_dir)
     found = [
-        *_no_model("model_name_or_path", model_args.model_name_or_path),
-        *_no_model("teacher_model_name_or_path", teacher),
+        *no_model("model_name_or_path", model_args.model_name_or_path),
+        *(no_model("teacher_model_name_or_path", teacher) if cache is None else _no_cache(cache)),
         *_no_checkpoint(checkpoint(training_args), folder),
     ]
     if model_args.model_name_or_path is None:
         found.append("no model: pass --model_name_or_path with a folder or a name of the Hub")
-    if "teacher" in training_args.target().needs and teacher is None:
-        found.append(f"loss {training_args.loss!r} needs a teacher: pass --teacher_model_name_or_path")
+    if "teacher" in training_args.target().needs and teacher is None and cache is None:
+        found.append(
+            f"loss {training_args.loss!r} needs a teacher: pass --teacher_model_name_or_path, or --teacher_cache"
+        )
     if not dataset_args.datasets and script_args.dataset_name is None:
         found.append("no data: pass --dataset_name, or list `datasets` in the YAML file")
     overwrites = any(getattr(args, "overwrite_output_dir", False) for args in (script_args, training_args))
@@ -35,12 +38,21 @@ def checkpoint(training_args) -> str | bool | None:
     return {"true": True, "false": None, "none": None}.get(str(value).lower(), value)
 
 
-def _no_model(option: str, name: str | None) -> list[str]:
+def no_model(option: str, name: str | None) -> list[str]:
     folder = Path(name or "")
     if name is not None and _is_path(name) and not folder.is_dir():
         return [f"{option}: there is no folder {name}"]
     if name is not None and folder.is_dir() and not any((folder / file).is_file() for file in CONFIGS):
         return [f"{option}: the folder {name} holds no model (no config.json)"]
+    return []
+
+
+def _no_cache(name: str) -> list[str]:
+    folder = Path(name)
+    if folder.is_dir() and not (folder / "manifest.json").is_file():
+        return [f"teacher_cache: the folder {name} holds no cache (no manifest.json); make one with trl-qtarget cache"]
+    if _is_path(name) and not folder.is_dir():
+        return [f"teacher_cache: there is no folder {name}; make the cache with trl-qtarget cache"]
     return []
 
 

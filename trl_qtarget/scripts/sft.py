@@ -87,13 +87,12 @@ def make_trainer(script_args, training_args, model_args, dataset_args):
         "dtype": model_args.dtype,
         **(training_args.model_init_kwargs or {}),
     }
-    data = _load_data(script_args, dataset_args)
-    evaluates = training_args.eval_strategy != "no"
+    train_dataset, eval_dataset = load_splits(script_args, training_args, dataset_args)
     return TargetSFTTrainer(
         model_args.model_name_or_path,
         training_args,
-        train_dataset=_split(data, "dataset_train_split", script_args),
-        eval_dataset=_split(data, "dataset_test_split", script_args) if evaluates else None,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )
@@ -108,6 +107,16 @@ def train(trainer, script_args, training_args) -> None:
         trainer.accelerator.print(f"Model pushed to https://huggingface.co/{trainer.hub_model_id}.")
     if hasattr(trainer, "end"):  # Transformers 5.18: ends the trackers and the process group
         trainer.end()
+
+
+def load_splits(script_args, training_args, dataset_args) -> tuple[Any, Any]:
+    """The training data, and what it is evaluated on if it is."""
+    data = _load_data(script_args, dataset_args)
+    evaluates = training_args.eval_strategy != "no"
+    return (
+        _split(data, "dataset_train_split", script_args),
+        _split(data, "dataset_test_split", script_args) if evaluates else None,
+    )
 
 
 def _load_data(script_args, dataset_args) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from ..kernels.products import Head
@@ -53,6 +54,13 @@ class TopKLogits:
     def take(self, rows: Tensor | slice) -> TopKLogits:
         """The teacher of some of the tokens."""
         return TopKLogits(self.ids[rows], self.log_probs[rows])
+
+    def dense(self, logits: Tensor) -> Tensor:  # (N, V) -> (N, V) float64
+        """Its log-probabilities of all columns, beside a student with these logits: for a few tokens only."""
+        known = self.log_probs.double()
+        tail = torch.log(-torch.expm1(known.logsumexp(-1, keepdim=True).clamp(max=0)))
+        shape = logits.double().scatter(-1, self.ids, -torch.inf).log_softmax(-1)
+        return (shape + tail).nan_to_num(nan=-torch.inf, neginf=-torch.inf).scatter(-1, self.ids, known)
 
 
 TeacherLogits = ProjectedLogits | TopKLogits
