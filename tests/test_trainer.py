@@ -241,16 +241,6 @@ def test_a_teacher_padded_to_another_size_is_compared_over_the_real_ids(train, t
     same(*(logged(t, "loss", "grad_norm") for t in trainers))
 
 
-def test_another_token_map_is_refused_by_name(train, tiny_model, tokenizer, tmp_path):
-    other = copy.deepcopy(tokenizer)
-    other.add_tokens(["<new>"])
-    model = teacher(tiny_model)
-    model.save_pretrained(tmp_path / "t")
-    other.save_pretrained(tmp_path / "t")
-    with pytest.raises(ValueError, match="'<new>' is 100 for the teacher and unknown to the student"):
-        train(loss="target_sft", teacher=str(tmp_path / "t"), go=False)
-
-
 def test_trust_floor_and_trusted_tokens(train, tokenizer):
     assert logged(train(loss="dft", trust_floor=1.0), "grad_norm") == logged(train(loss="nll"), "grad_norm")
     plain, trusting = (
