@@ -70,6 +70,13 @@ def test_the_first_token_that_is_split_differently_is_shown():
         compare(bpe(), other, ["a def"])
 
 
+def test_merges_beyond_the_common_ids_are_another_way_to_split_text():
+    longer = bpe(merges=[*MERGES, ("{", "'")])
+    with pytest.raises(ValueError, match=r"on, \['{', \"'\", .* and \[\"{'\""):
+        compare(bpe(), longer)
+    assert compare(bpe(), longer, []).theirs_only == {COMMON: "{'"}
+
+
 def test_a_merge_that_no_probe_shows_is_seen_in_the_data(tmp_path):
     other = bpe(merges=[*MERGES[:2], MERGES[3], MERGES[2], MERGES[4]])
     assert compare(bpe(), other).common == COMMON

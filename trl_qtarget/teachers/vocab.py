@@ -81,14 +81,16 @@ def compare(student: Any, teacher: Any, texts: Iterable[str] = PROBES) -> Agreem
             "teacher of the student's own family."
         )
     specials = dict.fromkeys(t for t in (*student.all_special_tokens, *teacher.all_special_tokens) if t in shared)
+    added = (student.get_added_vocab().keys() | teacher.get_added_vocab().keys()) - shared
     for text in (*texts, "".join(f"{token}a {token}\n" for token in specials)):
-        _require_same_split(student, teacher, text, common)
+        if not any(token in text for token in added):  # the side that does not know it is bound to split it
+            _require_same_split(student, teacher, text)
     return Agreement(common, *({id: token for id, token in apart if token in side} for side in (ours, theirs)))
 
 
-def _require_same_split(student: Any, teacher: Any, text: str, common: int) -> None:
+def _require_same_split(student: Any, teacher: Any, text: str) -> None:
     ours, theirs = (t.encode(text, add_special_tokens=False) for t in (student, teacher))
-    if ours == theirs or max(ours + theirs) >= common:  # a token of one side only is bound to be split by the other
+    if ours == theirs:
         return
     pairs = enumerate(zip(ours, theirs, strict=False))
     first = next((i for i, (a, b) in pairs if a != b), min(len(ours), len(theirs)))
