@@ -205,7 +205,8 @@ class Scorer:
     def log_p_y(self, other: ProjectedLogits, labels: Tensor) -> Tensor:  # (B, T)
         """log-probabilities of the labels under a model that was read, (B, T) as its hidden states."""
         with gathered(other.weight, other.bias):
-            return self._loss(other.hidden, labels, other.head, None).log_p_y
+            head = other.head if self.columns is None else other.head.first(self.columns)
+            return self._loss(other.hidden, labels, head, None).log_p_y
 
     def _without_virtual_tokens(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Prompt tuning puts tokens before the student's that no teacher sees, and nothing is learnt on them."""

@@ -25,6 +25,7 @@ from .target import Target
 from .teachers.base import ProjectedLogits, TopKLogits
 from .teachers.models import AdaptersOff, FrozenModel, Snapshot, base_model, evaluating, load
 from .teachers.offline import TEACHER_COLUMNS, CachedTeacherCollator, open_cache
+from .teachers.vocab import Agreement, KnownIds, common_columns
 
 
 POSITIONAL = list(inspect.signature(SFTTrainer.__init__).parameters)[3:]  # after self, model, args
@@ -91,8 +92,10 @@ class TargetSFTTrainer(SFTTrainer):
             raise ValueError("teacher_model and teacher_cache are both given: leave one of them out.")
         teacher_model = teacher_model or (None if args.teacher_cache else args.teacher_model_name_or_path)
         refuse(args, self.target, teacher_model, kwargs)
+        self._agreement: Agreement | None = None
         if teacher_model is not None and self._needs_model():
-            compare_tokenizers(model, teacher_model, kwargs.get("processing_class"), args)
+            rows = kwargs.get("train_dataset") or ()
+            self._agreement = compare_tokenizers(model, teacher_model, kwargs.get("processing_class"), args, rows)
         if teacher_model is model and not isinstance(model, str):
             teacher_model = copy.deepcopy(model)  # freezing the teacher must not freeze the student
         reference = self._copy_of_initial(model, args, teacher_model, kwargs.get("peft_config"))
@@ -151,14 +154,16 @@ class TargetSFTTrainer(SFTTrainer):
         self.data_collator = CachedTeacherCollator(self.data_collator, cache)
 
     def _common_columns(self, teacher: Any) -> int | None:
-        """Over how many first ids the two are compared, where their heads differ in size."""
-        sizes = [len(m.get_output_embeddings().weight) for m in (base_model(self.model), teacher)]
-        if sizes[1] < len(self._tokenizer):
-            raise ValueError(
-                f"The teacher has {sizes[1]} tokens and the student's tokenizer {len(self._tokenizer)}: a teacher "
-                "must know every token of the student."
-            )
-        return None if sizes[0] == sizes[1] else min(len(self._tokenizer), *sizes)
+        """Over how many first ids the two are compared, with all data held to them; None for every row of both."""
+        ours, theirs = (len(m.get_output_embeddings().weight) for m in (base_model(self.model), teacher))
+        columns, report = common_columns(self._agreement, len(self._tokenizer), ours, theirs)
+        self.accelerator.print(report)
+        if columns is not None:
+            known = KnownIds(self.data_collator, {"labels": columns, "input_ids": theirs}, self._tokenizer)
+            known.scan("train", self.train_dataset)
+            known.scan("eval", self.eval_dataset)
+            self.data_collator = known
+        return columns
 
     # Data
 
@@ -240,7 +245,7 @@ class TargetSFTTrainer(SFTTrainer):
     def _log_p_y(self, other: ProjectedLogits, labels: Tensor) -> Tensor:  # (B, T)
         """log-probability of each label under another model."""
         with torch.no_grad():
-            reader = Scorer(Target(), self.args.qtarget_backend, self.args.qtarget_chunk_size)
+            reader = Scorer(Target(), self.args.qtarget_backend, self.args.qtarget_chunk_size, self._columns)
             return reader.log_p_y(other, _shifted(labels, fill=-100))
 
     def _reduced(self, out: ScoredOutput, num_items_in_batch: Tensor | int | None) -> Tensor:

@@ -105,25 +105,27 @@ class Scorer:
         from trl_qtarget import TargetSFTTrainer
         from trl_qtarget.checks import compare_tokenizers
         from trl_qtarget.teachers.models import base_model, load
+        from trl_qtarget.teachers.vocab import KnownIds, common_columns
 
         self.args, self.options = training_args, cache_args
         self.name, self.folder = training_args.teacher_model_name_or_path, training_args.teacher_cache
         trust = {"trust_remote_code": training_args.trust_remote_code}
         student = model_args.model_name_or_path
         tokenizer = AutoTokenizer.from_pretrained(student, revision=model_args.model_revision, **trust)
-        compare_tokenizers(student, self.name, tokenizer, training_args)
         given = training_args.teacher_model_init_kwargs or {}
         revision = training_args.teacher_model_revision
         teacher = load(self.name, training_args, **given, **({} if revision is None else {"revision": revision}))
         columns = AutoConfig.from_pretrained(student, revision=model_args.model_revision, **trust)
         columns = columns.get_text_config().vocab_size
-        heads = columns, len(teacher.get_output_embeddings().weight)
-        self.columns = heads[0] if heads[0] == heads[1] else min(len(tokenizer), *heads)
+        theirs = len(teacher.get_output_embeddings().weight)
         # the trainer prepares the data as the student's would, and places the model; it has nothing else to do
         for option in ("loss_kwargs", "teacher_cache", "teacher_model_name_or_path", "model_init_kwargs"):
             setattr(training_args, option, None)
         training_args.loss, training_args.push_to_hub, training_args.report_to = "nll", False, []
         train, evaluation = load_splits(script_args, training_args, dataset_args)
+        agreement = compare_tokenizers(student, self.name, tokenizer, training_args, train)
+        shared, report = common_columns(agreement, len(tokenizer), columns, theirs)
+        self.columns = columns if shared is None else shared
         trainer = TargetSFTTrainer(
             teacher, training_args, train_dataset=train, eval_dataset=evaluation, processing_class=tokenizer
         )
@@ -131,6 +133,10 @@ class Scorer:
         self.model = base_model(trainer.model).eval()
         evaluated = trainer.eval_dataset if isinstance(trainer.eval_dataset, dict) else {"eval": trainer.eval_dataset}
         self.datasets = {name: x for name, x in {"train": trainer.train_dataset, **evaluated}.items() if x is not None}
+        self.accelerator.print(report)
+        known = KnownIds(None, {"labels": self.columns, "input_ids": theirs}, tokenizer)
+        known.scan("train", trainer.train_dataset)
+        known.scan("eval", trainer.eval_dataset)
         self.rows = self._index()
 
     def _index(self) -> dict[str, tuple[str, int, int, int, int]]:

@@ -55,16 +55,17 @@ def row_key(input_ids: Any, labelled: Any) -> str:
 
 
 def readable(entry: Entry) -> tuple[np.ndarray, np.ndarray]:  # (n, K) int32, (n, K) float32
-    """Ids, and log-probabilities rescaled to `sum exp(log_probs) = 1 - exp(log_tail)`.
+    """Ids, and log-probabilities that leave `exp(log_tail)` of the mass to the tail.
 
     The sum of log-probabilities that were rounded to float16 is off by up to 1e-3, which a reader that takes what is
-    missing from one for the tail would give to ids that have none.
+    missing from one for the tail would give to ids that have none. Where the tail is the larger part that error is
+    nothing to it, while one minus the tail would say little of the ids: there they stay as they are.
     """
     log_probs = entry.log_probs.astype(np.float64)
-    with np.errstate(divide="ignore"):  # nothing but tail
-        known = np.log(-np.expm1(np.minimum(entry.log_tail.astype(np.float64), 0)))[:, None]
-    total = np.logaddexp.reduce(log_probs, axis=-1, keepdims=True)
-    log_probs += np.subtract(known, total, out=np.zeros_like(total), where=total > -np.inf)
+    tail = np.minimum(entry.log_tail.astype(np.float64), 0)
+    small = tail < np.log(0.5)
+    known = np.log(-np.expm1(np.where(small, tail, -1.0)))
+    log_probs += np.where(small, known - np.logaddexp.reduce(log_probs, axis=-1), 0)[:, None]
     return entry.ids, log_probs.astype(np.float32)
 
 
