@@ -237,7 +237,7 @@ class Scorer:
             return
         few = None if teacher is None else teacher.take(rows)
         logits = _dense(hidden.flatten(0, 1)[rows], head)
-        taught = _dense(few.hidden, few.head) if isinstance(few, ProjectedLogits) else few and few.dense(logits)
+        taught = few.dense(logits) if isinstance(few, TopKLogits) else few and _dense(few.hidden, few.head)
         tokens = dense_tokens(
             logits.double().log_softmax(-1),
             labels.flatten()[rows],

@@ -215,7 +215,7 @@ class Scorer:
 
 def dry_run(scorer: Scorer) -> None:
     """Print what a cache would take, from the rows and the time of a few batches."""
-    tokens, labels = (sum(row[i] for row in scorer.rows.values()) for i in (3, 4))
+    tokens, labels = (sum(row[3] for row in scorer.rows.values()), sum(row[4] for row in scorer.rows.values()))
     keys = sorted(scorer.rows, key=lambda key: scorer.rows[key][3])
     batches = list(scorer.batches(keys))
     some = batches[:: max(len(batches) // TRIAL_BATCHES, 1)][:TRIAL_BATCHES]
