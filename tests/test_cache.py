@@ -317,23 +317,23 @@ def test_rows_that_change_between_two_attempts(tmp_path):
     """What the first attempt has finished stays; the second, interrupted as well, ends as if it had not been."""
     first, second = ROWS, dict(list(ROWS.items())[20:]) | made_up_rows(25, seed=1)
 
-    def attempt(rows, folder, stop):
+    def attempt(rows, folder, part=slice(None)):
         writer = CacheWriter(folder, SETTINGS)
         plan = writer.plan([(key, *counts) for key, counts in rows.items()], cache_victim.SHARD_TOKENS)
-        for shard in [shard for shard in plan if not shard.done][:stop]:
+        for shard in [shard for shard in plan if not shard.done][part]:
             writer.write(shard, [made_up_entry(*row) for row in zip(shard.keys, shard.labelled, strict=True)])
         return writer, plan
 
-    attempt(first, tmp_path / "a", 2)
+    attempt(first, tmp_path / "a", slice(1, 4, 2))  # one process of two
     kept = contents(tmp_path / "a")
     shutil.copytree(tmp_path / "a", tmp_path / "b")
-    attempt(second, tmp_path / "a", None)[0].commit(VERSIONS)
-    attempt(second, tmp_path / "b", 1)
-    attempt(second, tmp_path / "b", 2)
-    writer, plan = attempt(second, tmp_path / "b", None)
+    attempt(second, tmp_path / "a")[0].commit(VERSIONS)
+    attempt(second, tmp_path / "b", slice(1))
+    attempt(second, tmp_path / "b", slice(2))
+    writer, plan = attempt(second, tmp_path / "b")
     assert [shard.done for shard in plan] == [True] * 3 + [False] * (len(plan) - 3)
     assert len(set(keys_of(tmp_path / "b"))) == len(keys_of(tmp_path / "b"))
-    attempt(first, tmp_path / "b", None)  # and the first once more, beside the second's shards
+    attempt(first, tmp_path / "b")  # and the first once more, beside the second's shards
     assert len(set(keys_of(tmp_path / "b"))) == len(keys_of(tmp_path / "b")) == len(first | second)
     writer = CacheWriter(tmp_path / "b", SETTINGS)
     writer.commit(VERSIONS)
@@ -341,6 +341,19 @@ def test_rows_that_change_between_two_attempts(tmp_path):
     for name in kept.keys() & ends[0].keys() - {"manifest.json"}:
         assert kept[name] == ends[0][name] == ends[1][name]
     assert not TeacherCache(tmp_path / "b").missing(first | second)
+
+
+def test_a_repair_that_was_stopped(copied):
+    """What it has written under the name of a damaged shard counts, though the manifest still lists that one."""
+    (copied / "shard-00002.arrow").write_bytes(b"")
+    more = made_up_rows(25, seed=1) | ROWS
+    with pytest.warns(UserWarning, match=r"shard-00002.arrow has 0 bytes"):
+        writer = CacheWriter(copied, SETTINGS)
+    shard = writer.plan([(key, *counts) for key, counts in more.items()], cache_victim.SHARD_TOKENS)[0]
+    assert shard.name == "shard-00002.arrow"
+    writer.write(shard, [made_up_entry(*row) for row in zip(shard.keys, shard.labelled, strict=True)])
+    assert set(shard.keys) <= set(keys_of(make(copied, more)))
+    assert not TeacherCache(copied).missing(more)
 
 
 def test_another_cache_is_left_alone(copied):
