@@ -16,7 +16,7 @@ def mistakes(script_args, training_args, model_args, dataset_args) -> list[str]:
     ]
     if model_args.model_name_or_path is None:
         found.append("no model: pass --model_name_or_path with a folder or a name of the Hub")
-    if "teacher" in training_args.target().needs and teacher is None:
+    if "teacher" in training_args.target().needs and teacher is None and training_args.teacher_ema_decay is None:
         found.append(f"loss {training_args.loss!r} needs a teacher: pass --teacher_model_name_or_path")
     if not dataset_args.datasets and script_args.dataset_name is None:
         found.append("no data: pass --dataset_name, or list `datasets` in the YAML file")
