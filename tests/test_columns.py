@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from trl_qtarget import (
     ProjectedLogits,
@@ -158,6 +159,22 @@ def test_what_cannot_be_right_is_refused(train, tokenized, columns, options, mes
 def test_several_numbers_without_tokens_are_refused(train, rows):
     with pytest.raises(ValueError, match="several numbers in trust and no input_ids"):
         train([{**row, "trust": [1.0]} for row in rows(4)], loss="nll", go=False)
+
+
+def test_rows_that_nobody_prepared_are_collated_all_the_same():
+    collate = data.TokenColumnCollator(DataCollatorForLanguageModeling(pad_token_id=0))
+    batch = collate([
+        {"input_ids": [5, 6, 7], "token_weight": [1, 2, 3], "trust": 0.5},
+        {"input_ids": [8, 9], "token_weight": [4, 5], "trust": [None, 1]},
+    ])  # fmt: skip
+    assert batch["token_weight"].tolist() == [[2, 3, 0], [5, 0, 0]]  # where the tokens are predicted
+    assert batch["trust"][:, :1].tolist() == [[0.5], [1]]
+    flat = data.TokenColumnCollator(DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True))
+    assert flat([{"input_ids": [5, 6], "trust": 0.5}, {"input_ids": [7], "trust": 1}])["trust"].tolist() == [
+        [0.5, 1, 0]
+    ]
+    with pytest.raises(ValueError, match="2 input_ids and 1 numbers in trust"):
+        collate([{"input_ids": [5, 6], "trust": [0.5]}])
 
 
 # Training

@@ -70,7 +70,7 @@ def refuse(args: TargetSFTConfig, target: Target, teacher: Any, kwargs: dict[str
             f"Loss {loss!r} cannot be trained with sequence parallelism: a second model would attend within each "
             "rank's part of the sequence only. Use a loss without teacher or reference, or sp_size=1."
         )
-    if target.whole_batch and args.packing and args.packing_strategy == "wrapped":
+    if target.whole_batch and (args.packing or args.eval_packing) and args.packing_strategy == "wrapped":
         raise ValueError(
             f"Loss {loss!r} cannot tell trajectories apart in wrapped packing: set packing_strategy to 'bfd'."
         )
@@ -81,7 +81,7 @@ def mean_nll(log_p_y: Tensor, labels: Tensor, accelerator: Any, vocabulary: int)
     learnt = labels != IGNORE
     nll, tokens = accelerator.reduce(torch.stack([-log_p_y[learnt].float().sum(), learnt.sum().float()])).tolist()
     mean = nll / max(tokens, 1)
-    if not mean <= math.log(vocabulary):
+    if not mean <= math.log(vocabulary) + 0.01:  # or NaN; float32 sums may miss an even guess by less
         logger.warning(
             f"The teacher or reference gives the labels of the first batch {mean:.1f} nats a token, worse than an "
             f"even guess among {vocabulary} tokens: is it the right model, with the right chat template?"

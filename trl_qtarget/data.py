@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from datasets import Dataset
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from trl.data_utils import get_dataset_column_names
@@ -57,14 +58,17 @@ def prepared(
     if not columns:
         return prepare(dataset, processing_class, args, packing, formatting_func, name)
     _check_prefixes(columns, args, packing)
+    options: dict[str, Any] = {"fn_kwargs": {"columns": columns}}
+    if isinstance(dataset, Dataset):  # a stream knows no processes
+        options["num_proc"] = args.dataset_num_proc
     if "input_ids" not in get_dataset_column_names(dataset):
-        dataset = dataset.map(_check_one_number, fn_kwargs={"columns": columns})
+        dataset = dataset.map(_check_one_number, **options)
     uncut = copy.copy(args)
     uncut.max_length, uncut.shuffle_dataset = None, False
     dataset = prepare(dataset, processing_class, uncut, False, formatting_func, name)
-    dataset = dataset.map(_join, fn_kwargs={"columns": columns}, remove_columns=columns)
+    dataset = dataset.map(_join, remove_columns=columns, **options)
     dataset = prepare(dataset, processing_class, args, packing, None, name)
-    return dataset.map(_part, fn_kwargs={"columns": columns})
+    return dataset.map(_part, **options)
 
 
 def _check_prefixes(columns: list[str], args: Any, packing: bool) -> None:

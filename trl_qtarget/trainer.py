@@ -52,7 +52,9 @@ class TargetSFTTrainer(SFTTrainer):
 
     Metrics, besides TRL's, in train and eval: `nll`, and means over labelled tokens of what the target does:
     `qtarget/trust` (gamma), `qtarget/target_p_y` (Q(y)), `qtarget/moved` (1/2 ||Q - p||_1) and `qtarget/grad_mass`
-    (s/2 ||Q - p||_1). The logged `loss` is the published value of the method.
+    (s/2 ||Q - p||_1). The logged `loss` is the published value of the method. `qtarget/teacher_nll`, logged once, is
+    what the first labels cost the teacher or reference. Columns of the dataset that give numbers to tokens are listed
+    in `trl_qtarget.data`.
 
     Raises:
         ValueError: an option that the loss would not honour, or a teacher that is missing or does not fit; before any
