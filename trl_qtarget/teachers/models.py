@@ -77,7 +77,7 @@ class OtherAdapter:
 
 
 class Remembered:
-    """An earlier student: copies of its trainable weights, swapped in to be read. `renew(step)` is what tells two apart.
+    """An earlier student: copies of its trainable weights, swapped in to be read.
 
     Before the first update, as in an evaluation of the untrained model, it is the student itself.
     """
@@ -92,6 +92,10 @@ class Remembered:
     def trainable(self) -> dict[str, torch.Tensor]:
         """The weights of the student as they are now."""
         return {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def renew(self, step: int) -> None:
+        """Bring the copies to what they are before update number `step`."""
+        raise NotImplementedError
 
     def save(self, folder: Path) -> None:
         """Keep it in a checkpoint, so that a resumed run remembers the same model."""
