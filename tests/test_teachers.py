@@ -3,6 +3,7 @@
 import copy
 import logging
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,8 +11,9 @@ from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from trl_qtarget import TargetSFTConfig, TargetSFTTrainer
-from trl_qtarget.teachers.models import AdaptersOff, Average, FrozenModel, OtherAdapter
+from trl_qtarget import TargetSFTConfig, TargetSFTTrainer, build
+from trl_qtarget.compat import shards_weights
+from trl_qtarget.teachers.models import AdaptersOff, Average, FrozenModel, OtherAdapter, within_student
 
 
 LORA = {"r": 4, "target_modules": ["q_proj", "v_proj"], "lora_dropout": 0.0}
@@ -212,6 +214,20 @@ def test_an_average_and_a_teacher_are_one_too_many(train, teacher_dir, tiny_mode
         train(teacher_ema_decay=1.0, go=False)
     with pytest.warns(UserWarning, match="takes no teacher"):
         train(loss="dft", teacher_ema_decay=0.9, go=False)
+
+
+@pytest.mark.parametrize(
+    "state",
+    [{"fsdp_plugin": object()}, {"deepspeed_plugin": SimpleNamespace(zero_stage=3)}],
+    ids=["fsdp", "zero3"],
+)
+def test_copies_of_sharded_weights_are_refused(state):
+    """Such a run cannot be made on this machine; what the check reads of the accelerator can."""
+    accelerator = SimpleNamespace(state=SimpleNamespace(**state))
+    for loss, decay in (("psft", None), ("target_sft", 0.9)):
+        with pytest.raises(ValueError, match="shards them"):
+            within_student(None, None, build(loss), SimpleNamespace(teacher_ema_decay=decay), accelerator)
+    assert not shards_weights(SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=2))))
 
 
 # What is told of a teacher

@@ -123,7 +123,7 @@ class TargetSFTTrainer(SFTTrainer):
             return None
         if reference is not None:
             return FrozenModel(reference, self.accelerator)
-        inside = within_student(self.model, teacher, self.target, self.args)
+        inside = within_student(self.model, teacher, self.target, self.args, self.accelerator)
         if inside is not None:
             return inside
         if isinstance(teacher, str):

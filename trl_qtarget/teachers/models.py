@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
-from ..compat import prepare_frozen
+from ..compat import prepare_frozen, shards_weights
 from ..head import install, read_teacher
 from ..kernels.products import wide
 from ..target import Target
@@ -167,8 +167,17 @@ class Average(Remembered):
         self.taken_at = step
 
 
-def within_student(student: Any, teacher: Any, target: Target, args: Any) -> Any:
-    """The second model, where all its weights or most of them are the student's own; None where it stands apart."""
+def within_student(student: Any, teacher: Any, target: Target, args: Any, accelerator: Any) -> Any:
+    """The second model, where all its weights or most of them are the student's own; None where it stands apart.
+
+    Raises:
+        ValueError: copies of weights of which each rank holds parts: what is swapped in would never be gathered.
+    """
+    if ("snapshot" in target.needs or args.teacher_ema_decay is not None) and shards_weights(accelerator):
+        raise ValueError(
+            "psft and teacher_ema_decay keep copies of the student's weights, and FSDP or ZeRO-3 shards them: train "
+            "with DDP or ZeRO-2, or with another loss or teacher."
+        )
     if "snapshot" in target.needs:
         return Snapshot(student, target.snapshot_every)
     if args.teacher_ema_decay is not None:
