@@ -25,7 +25,7 @@ PACKED = {"packing": True, "max_length": 256}
 def train(tiny_model, tokenizer, tmp_path):
     """`train(rows, loss=..., **options)` trains a fresh tiny student for one step, and returns the trainer."""
 
-    def run(data, go=True, eval_data=None, **options):
+    def run(data, model=None, go=True, eval_data=None, **options):
         args = TargetSFTConfig(**{
             "output_dir": str(tmp_path / "out"), "use_cpu": True, "bf16": False, "gradient_checkpointing": False,
             "report_to": "none", "disable_tqdm": True, "save_strategy": "no", "logging_steps": 1, "max_steps": 1,
@@ -33,7 +33,11 @@ def train(tiny_model, tokenizer, tmp_path):
         })  # fmt: skip
         data = Dataset.from_list(data) if isinstance(data, list) else data
         trainer = TargetSFTTrainer(
-            tiny_model(seed=1), args, train_dataset=data, eval_dataset=eval_data, processing_class=tokenizer
+            tiny_model(seed=1) if model is None else model,
+            args,
+            train_dataset=data,
+            eval_dataset=eval_data,
+            processing_class=tokenizer,
         )
         if go:
             trainer.train()
@@ -324,3 +328,31 @@ def test_wrapped_packing_hides_where_trajectories_begin(train, tokenized):
 
 def test_every_column_is_documented_by_name():
     assert all(f"\n    {name} " in data.__doc__ for name in data.TOKEN_COLUMNS)
+
+
+# What trust is for
+
+
+def test_trusted_ends_stop_what_would_be_repeated_for_ever(train, tiny_model, rows, tokenizer):
+    """dft never learns an end that the model finds impossible; trusted, or above a floor, it is learnt."""
+    four = rows(4)
+
+    def endless():
+        model = tiny_model(seed=1, tie=False)
+        with torch.no_grad():  # one feature that all tokens share, and that speaks against the end
+            model.model.embed_tokens.weight[:, 0] = 8.0
+            model.lm_head.weight[tokenizer.eos_token_id, 0] = -20.0
+        return model
+
+    def ended(**options):
+        model = train(four, model=endless(), loss="dft", max_steps=60, **options).model.eval()
+        out = 0
+        for row in four:
+            prompt = tokenizer(row["prompt"], return_tensors="pt")
+            new = model.generate(**prompt, max_new_tokens=12, do_sample=False)[0, prompt["input_ids"].shape[1] :]
+            out += tokenizer.eos_token_id in new.tolist()
+        return out
+
+    assert ended() == 0
+    assert ended(trust_token_ids=["special"]) == 4
+    assert ended(trust_floor=0.1) == 4
