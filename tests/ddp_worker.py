@@ -17,10 +17,13 @@ def main() -> None:
         per_device_train_batch_size=4 // processes, max_steps=3,
     )  # fmt: skip
     teacher = conftest.make_model(hidden=48, tie=False, seed=2) if loss == "target_sft" else None
+    rows = conftest.make_rows(16)
+    if loss == "critical_token":  # one number for each row rides along as one for each of its tokens
+        rows = [{**row, "token_weight": i % 3 / 2, "trust": 0.5 if i % 4 else None} for i, row in enumerate(rows)]
     trainer = TargetSFTTrainer(
         conftest.make_model(seed=1),
         args,
-        train_dataset=Dataset.from_list(conftest.make_rows(16)),
+        train_dataset=Dataset.from_list(rows),
         processing_class=conftest.make_tokenizer(),
         teacher_model=teacher,
     )

@@ -25,7 +25,7 @@ def steps(loss: str, processes: int, out: Path) -> list[dict]:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("loss", ["nll", "target_sft", "asft", "psft"])
+@pytest.mark.parametrize("loss", ["nll", "target_sft", "asft", "psft", "critical_token"])
 def test_two_processes_equal_one(loss, tmp_path):
     one, two = (steps(loss, n, tmp_path / str(n)) for n in (1, 2))
     for a, b in zip(one, two, strict=True):

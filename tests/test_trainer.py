@@ -345,18 +345,6 @@ def test_a_weight_is_that_of_the_token_that_is_predicted(train, tokenizer):
     assert logged(cut, "qtarget/trust")[0][0] == pytest.approx(1 / 2)
 
 
-def test_weights_that_would_come_apart_from_their_tokens_are_refused(train, tokenizer, rows):
-    data = weighted(tokenizer, rows(8), lambda i: 1.0)
-    with pytest.raises(ValueError, match="Packing would lose the column token_weight"):
-        train(loss="nll", data=data, packing=True, max_length=32, go=False)
-    short = data.map(lambda row: {"token_weight": row["token_weight"][:2]})
-    with pytest.raises(ValueError, match="input_ids and 2 numbers in token_weight"):
-        train(loss="nll", data=short, go=False)
-    untokenized = Dataset.from_list([{**row, "token_weight": [1.0]} for row in rows(8)])
-    with pytest.raises(ValueError, match="its rows must be tokenized"):
-        train(loss="nll", data=untokenized, go=False)
-
-
 def test_documents_of_different_rows_are_different_trajectories():
     positions = torch.tensor([[0, 1, 0, 1], [0, 1, 2, 3]])
     found = trajectories({"labels": torch.zeros(2, 4), "position_ids": positions})
@@ -485,7 +473,7 @@ def test_the_fields_we_add_are_these_and_no_others():
     added = set(Config.__dataclass_fields__) - set(SFTConfig.__dataclass_fields__)
     assert added == {
         "loss", "loss_kwargs", "teacher_model_name_or_path", "teacher_model_revision", "teacher_model_init_kwargs",
-        "teacher_cache", "trust_floor", "trust_token_ids",
+        "teacher_cache", "teacher_ema_decay", "trust_floor", "trust_token_ids",
         "qtarget_backend", "qtarget_chunk_size", "qtarget_self_check",
     }  # fmt: skip
 

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterable
 from itertools import islice
 from typing import Any
 
+import torch
+from accelerate.logging import get_logger
+from torch import Tensor
 from transformers import AutoTokenizer
 
 from . import compat
 from .config import TargetSFTConfig
+from .reference import IGNORE
 from .target import Target
 from .teachers.vocab import PROBES, Agreement, compare, texts_of
 
 
 PROBED_ROWS = 3  # of the data, through both tokenizers
+
+logger = get_logger(__name__)
 
 
 def compare_tokenizers(
@@ -65,7 +72,7 @@ def refuse(args: TargetSFTConfig, target: Target, teacher: Any, kwargs: dict[str
         raise ValueError(
             f"Loss {loss!r} needs a teacher: pass --teacher_model_name_or_path, --teacher_cache, or teacher_model=."
         )
-    takes_model = target.needs_teacher_logits or "reference_log_p_y" in target.needs
+    takes_model = target.reads_model()
     residual = target.residual
     if cached and residual.teacher != 0 and residual.student + residual.teacher != 1:
         raise ValueError(
@@ -96,6 +103,23 @@ def refuse(args: TargetSFTConfig, target: Target, teacher: Any, kwargs: dict[str
             f"Loss {loss!r} cannot be trained with sequence parallelism: a second model would attend within each "
             "rank's part of the sequence only. Use a loss without teacher or reference, or sp_size=1."
         )
+    if target.whole_batch and (args.packing or args.eval_packing) and args.packing_strategy == "wrapped":
+        raise ValueError(
+            f"Loss {loss!r} cannot tell trajectories apart in wrapped packing: set packing_strategy to 'bfd'."
+        )
+
+
+def mean_nll(log_p_y: Tensor, labels: Tensor, accelerator: Any, vocabulary: int) -> float:
+    """What the labels of a batch cost a teacher or reference, over all ranks; said aloud if guessing were better."""
+    learnt = labels != IGNORE
+    nll, tokens = accelerator.reduce(torch.stack([-log_p_y[learnt].float().sum(), learnt.sum().float()])).tolist()
+    mean = nll / max(tokens, 1)
+    if not mean <= math.log(vocabulary) + 0.01:  # or NaN; float32 sums may miss an even guess by less
+        logger.warning(
+            f"The teacher or reference gives the labels of the first batch {mean:.1f} nats a token, worse than an "
+            f"even guess among {vocabulary} tokens: is it the right model, with the right chat template?"
+        )
+    return mean
 
 
 def trusted_ids(tokenizer: Any, tokens: list[str]) -> list[int]:

@@ -23,6 +23,7 @@ NEEDS = {
     "teacher": "a teacher: --teacher_model_name_or_path",
     "reference": "the model before training, which is kept for it",
     "reference_log_p_y": "the model before training, which is kept for it",
+    "reference_mass": "the model before training, which is kept for it",
     "snapshot": "the model of some updates ago, which is kept for it",
     "token_weight": "a `token_weight` column in the data",
 }

@@ -52,6 +52,13 @@ def sequence_parallel_size(parallelism_config: Any) -> int:
     return getattr(parallelism_config, "sp_size", None) or 1
 
 
+def shards_weights(accelerator: Any) -> bool:
+    """Whether a rank holds parts of the trained weights only (FSDP, ZeRO-3)."""
+    plugin = getattr(accelerator.state, "deepspeed_plugin", None)
+    sharded = plugin is not None and plugin.zero_stage == 3
+    return sharded or getattr(accelerator.state, "fsdp_plugin", None) is not None
+
+
 def prepare_frozen(model: Any, accelerator: Any) -> Any:
     """Place a model that is only read where the engine in use wants it, sharded if the trained one is.
 

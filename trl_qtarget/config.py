@@ -40,7 +40,7 @@ class TargetSFTConfig(SFTConfig):
 
         teacher_model_name_or_path (`str`, *optional*):
             Hub id or folder of the teacher. It must share the student's tokenizer. For losses that need a reference
-            it replaces the initial model.
+            it replaces the initial model. An adapter over the base that a PEFT student has needs no second copy of it.
         teacher_model_revision (`str`, *optional*):
             Branch, tag or commit of the teacher.
         teacher_model_init_kwargs (`dict[str, Any]` or `str`, *optional*):
@@ -48,6 +48,9 @@ class TargetSFTConfig(SFTConfig):
         teacher_cache (`str`, *optional*):
             Folder or Hub dataset that `trl-qtarget cache` made of these rows. It stands for the teacher, which is then
             not loaded.
+        teacher_ema_decay (`float`, *optional*):
+            Instead of another model, the teacher is the exponential moving average of the student over its updates,
+            with this decay, for example `0.999`.
 
         > Parameters that control the computation
 
@@ -98,6 +101,10 @@ class TargetSFTConfig(SFTConfig):
         default=None,
         metadata={"help": "Folder or Hub dataset made by `trl-qtarget cache`; the teacher is then not loaded."},
     )
+    teacher_ema_decay: float | None = field(
+        default=None,
+        metadata={"help": "Decay of a moving average of the student, which is then the teacher, e.g. 0.999."},
+    )
     qtarget_backend: str = field(
         default="auto",
         metadata={"help": "Kernels of the loss: `auto`, `triton` or `torch`."},
@@ -119,6 +126,8 @@ class TargetSFTConfig(SFTConfig):
         self._check_what_would_be_ignored()
         if not 0 <= self.trust_floor <= 1:
             raise ValueError(f"trust_floor must be between 0 and 1, got {self.trust_floor}.")
+        if self.teacher_ema_decay is not None and not 0 < self.teacher_ema_decay < 1:
+            raise ValueError(f"teacher_ema_decay must lie between 0 and 1, got {self.teacher_ema_decay}.")
         if self.qtarget_backend not in BACKENDS:
             raise ValueError(f"qtarget_backend must be one of {', '.join(BACKENDS)}, got {self.qtarget_backend!r}.")
         if self.qtarget_chunk_size is not None and self.qtarget_chunk_size < 1:
@@ -156,6 +165,8 @@ class TargetSFTConfig(SFTConfig):
 def as_target_config(args: Any, model: Any, teacher: Any) -> TargetSFTConfig:
     """The configuration that `args` amounts to: ours as it is, nothing, or a plain one with its own `loss_type`."""
     if isinstance(args, TargetSFTConfig):
+        if args.teacher_ema_decay is not None and (teacher or args.teacher_model_name_or_path) is not None:
+            raise ValueError("teacher_ema_decay makes the student its own teacher, and another is given: drop one.")
         return args
     if args is None:
         name = model if isinstance(model, str) else model.config._name_or_path

@@ -1,57 +1,133 @@
-"""Numbers beside tokens: a collator that carries per-token columns, and which trajectory a token is part of."""
+"""Numbers beside tokens: columns that ride through preparation and collation, and trajectories.
+
+A row of the dataset may carry, for each of its `input_ids` or once for all of them:
+
+    token_weight        multiplies the loss of the token (`critical_token` reads it itself)
+    trust               replaces gamma, after `trust_floor` and `trust_token_ids`; null or NaN leave it to the loss
+    reference_log_p_y   log pi_ref of the token, for losses that would otherwise load a reference (iw_sft, prift)
+    reference_mass      rank mass of the token under pi_ref, for prift with statistic="mass"
+
+One number for the whole row needs no tokenized row.
+"""
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable, Collection
 from typing import Any
 
+import numpy as np
 import torch
+from datasets import Dataset
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from trl.data_utils import get_dataset_column_names
 
 
-TOKEN_COLUMNS = ("token_weight",)  # columns with one number per token, aligned with input_ids
+TOKEN_COLUMNS = ("token_weight", "trust", "reference_log_p_y", "reference_mass")
+REFERENCE_COLUMNS = TOKEN_COLUMNS[2:]  # read behind the row's own prefix
 
 
-def check_token_columns(dataset: Any, packing: bool, truncation_mode: str) -> Any:
-    """The dataset, each of whose rows is checked as it is read: one number of a token column for each of its tokens.
+def token_columns(*datasets: Any) -> list[str]:
+    """The token columns that every dataset has, of those that are there; one of them may be a dict of several."""
+    names: list[Collection[str]] = []
+    for dataset in datasets:
+        several = dataset.values() if isinstance(dataset, dict) else [dataset]
+        names += [get_dataset_column_names(d) for d in several if hasattr(d, "column_names")]
+    return [name for name in TOKEN_COLUMNS if names and all(name in found for found in names)]
+
+
+def prepared(
+    prepare: Callable[..., Any],
+    dataset: Any,
+    processing_class: Any,
+    args: Any,
+    packing: bool,
+    formatting_func: Any,
+    name: str,
+) -> Any:
+    """What `SFTTrainer._prepare_dataset`, whose arguments these are, makes of it, with numbers beside their tokens.
+
+    Rows are tokenized and labelled first. What cuts, drops, packs and shuffles then sees tokens that are vectors, each
+    an id and its numbers, and takes them for ids.
 
     Raises:
-        ValueError: preparation would separate the columns from their tokens, or the rows are not tokenized yet.
+        ValueError: a row without one number for each token, or numbers that would be wrong once the row is cut.
     """
-    columns = [name for name in TOKEN_COLUMNS if name in (dataset.column_names or ())]
+    columns = token_columns(dataset)
     if not columns:
-        return dataset
-    name = columns[0]
-    if packing:
-        raise ValueError(f"Packing would lose the column {name}: set packing to false, or leave the column out.")
-    if truncation_mode != "keep_start":
-        raise ValueError(f"The column {name} is cut at its end: set truncation_mode to keep_start.")
-    if "input_ids" not in dataset.column_names:
-        raise ValueError(f"The column {name} has one number a token, so its rows must be tokenized: add input_ids.")
-
-    def check(row: dict[str, Any]) -> dict[str, Any]:
-        for column in columns:
-            given, tokens = row[column], len(row["input_ids"])
-            if given is None or len(given) != tokens:
-                count = "none" if given is None else len(given)
-                raise ValueError(
-                    f"A row has {tokens} input_ids and {count} numbers in {column}: it needs one for each."
-                )
-        return row
-
-    return dataset.map(check)
+        return prepare(dataset, processing_class, args, packing, formatting_func, name)
+    _check_prefixes(columns, args, packing)
+    options: dict[str, Any] = {"fn_kwargs": {"columns": columns}}
+    if isinstance(dataset, Dataset):  # a stream knows no processes
+        options["num_proc"] = args.dataset_num_proc
+    if "input_ids" not in get_dataset_column_names(dataset):
+        dataset = dataset.map(_check_one_number, **options)
+    uncut = copy.copy(args)
+    uncut.max_length, uncut.shuffle_dataset = None, False
+    dataset = prepare(dataset, processing_class, uncut, False, formatting_func, name)
+    dataset = dataset.map(_join, remove_columns=columns, **options)
+    dataset = prepare(dataset, processing_class, args, packing, None, name)
+    return dataset.map(_part, **options)
 
 
-def cut_token_columns(dataset: Any) -> Any:
-    """The dataset with its token columns as long as the tokens that truncation has left."""
-    columns = [name for name in TOKEN_COLUMNS if name in (dataset.column_names or ())]
-    if not columns:
-        return dataset
-    return dataset.map(lambda row: {name: row[name][: len(row["input_ids"])] for name in columns})
+def _check_prefixes(columns: list[str], args: Any, packing: bool) -> None:
+    name = next((name for name in columns if name in REFERENCE_COLUMNS), None)
+    if name is None or args.max_length is None:
+        return
+    option, right = ("packing_strategy", "bfd") if packing else ("truncation_mode", "keep_start")
+    given = getattr(args, option)
+    if given != right:
+        raise ValueError(
+            f"The column {name} was computed behind each row's own prefix, and {option}={given!r} gives tokens "
+            f"another one: set {option} to {right!r}, or leave the column out."
+        )
+
+
+def _check_one_number(row: dict[str, Any], columns: list[str]) -> dict[str, Any]:
+    for name in columns:
+        if np.ndim(row[name]):
+            raise ValueError(
+                f"A row has several numbers in {name} and no input_ids: tokenize it, or give it one number."
+            )
+    return row
+
+
+def _join(row: dict[str, Any], columns: list[str]) -> dict[str, Any]:
+    """Tokens as vectors: (T, 1 + columns), in float64, which holds every id exactly."""
+    labels = row["labels"]
+    numbers = [_numbers(row[name], name, len(labels)) for name in columns]
+    learnt = np.asarray(labels) != -100
+    for name, x in zip(columns, numbers, strict=True):
+        first = int(name in REFERENCE_COLUMNS)  # nothing has predicted the first token
+        if name != "trust" and not np.isfinite(x[first:][learnt[first:]]).all():
+            raise ValueError(f"A labelled token has no finite number in {name}: give it one, or mask its label.")
+    return {"input_ids": np.stack([np.asarray(row["input_ids"], dtype=np.float64), *numbers], axis=1).tolist()}
+
+
+def _part(row: dict[str, Any], columns: list[str]) -> dict[str, Any]:
+    ids, *numbers = np.asarray(row["input_ids"], dtype=np.float64).reshape(-1, 1 + len(columns)).T
+    numbers = [x.tolist() for x in numbers]
+    return {"input_ids": ids.astype(np.int64).tolist(), **dict(zip(columns, numbers, strict=True))}
+
+
+def _numbers(given: Any, name: str, tokens: int) -> np.ndarray:  # (tokens,)
+    """One number for each token; None is NaN."""
+    x = np.asarray(given, dtype=np.float64)
+    if x.ndim == 0:
+        return x.repeat(tokens)
+    if len(x) != tokens:
+        raise ValueError(
+            f"A row has {tokens} input_ids and {len(x)} numbers in {name}: it needs one for each, or one for all."
+        )
+    return x
 
 
 class TokenColumnCollator:
-    """Wraps a collator: adds the token columns of the rows, padded or flattened as its input ids are."""
+    """Wraps a collator: adds the token columns of the rows, padded or flattened as its input ids are.
+
+    Each number goes where its token is predicted, one position to the left.
+    """
 
     def __init__(self, collator: Any):
         self.collator = collator
@@ -61,18 +137,23 @@ class TokenColumnCollator:
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         batch = self.collator(examples)
-        width = batch["input_ids"].shape[1]
         for name in TOKEN_COLUMNS:
             if name not in examples[0]:
                 continue
             if "attention_mask" in batch and not batch["attention_mask"][:, 0].all():
                 raise ValueError(f"{name} is placed from the left, where this collator pads: pad on the right.")
-            columns = [torch.tensor(example[name], dtype=torch.float32) for example in examples]
+            rows = [_numbers(example[name], name, len(example["input_ids"])) for example in examples]
+            columns = [torch.tensor(row, dtype=torch.float32) for row in rows]
             if getattr(self.collator, "padding_free", False):
                 columns = [torch.cat(columns)]
             padded = pad_sequence(columns, batch_first=True)
-            batch[name] = torch.nn.functional.pad(padded, (0, width - padded.shape[1]))
+            batch[name] = shifted(torch.nn.functional.pad(padded, (0, batch["input_ids"].shape[1] - padded.shape[1])))
         return batch
+
+
+def shifted(x: Tensor, fill: float = 0) -> Tensor:  # (B, T)
+    """Each position gets the value of the token that comes next."""
+    return torch.nn.functional.pad(x[:, 1:], (0, 1), value=fill)
 
 
 def trajectories(inputs: dict[str, Any]) -> Tensor:  # (B, T)

@@ -163,7 +163,9 @@ class Scorer:
     columns: int | None = None  # compare student and teacher over these first ids only
     teacher: TeacherLogits | None = None  # hidden (B, T, D_T); ids and log_probs (B, T, K)
     reference_log_p_y: Tensor | None = None  # (B, T)
+    reference_mass: Tensor | None = None  # (B, T)
     token_weight: Tensor | None = None  # (B, T)
+    trust: Tensor | None = None  # (B, T)
     trajectory: Tensor | None = None  # (B, T)
     labelled: LabelCount | None = None
     check: bool = False
@@ -192,7 +194,9 @@ class Scorer:
             self.target,
             teacher=teacher,
             reference_log_p_y=self.reference_log_p_y,
+            reference_mass=self.reference_mass,
             token_weight=self.token_weight,
+            trust=self.trust,
             trajectory=self.trajectory,
             bias=head.bias,
             logit_scale=head.scale,
@@ -210,7 +214,8 @@ class Scorer:
 
     def _without_virtual_tokens(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Prompt tuning puts tokens before the student's that no teacher sees, and nothing is learnt on them."""
-        beside = [x.shape[1] for x in (self.token_weight, self.trajectory, self.reference_log_p_y) if x is not None]
+        given = (self.reference_log_p_y, self.reference_mass, self.token_weight, self.trust, self.trajectory)
+        beside = [x.shape[1] for x in given if x is not None]
         beside += [self.teacher.hidden.shape[1]] if isinstance(self.teacher, ProjectedLogits) else []
         beside += [self.teacher.ids.shape[1]] if isinstance(self.teacher, TopKLogits) else []
         width = min([*beside, hidden.shape[1]])
@@ -238,12 +243,13 @@ class Scorer:
         few = None if teacher is None else teacher.take(rows)
         logits = _dense(hidden.flatten(0, 1)[rows], head)
         taught = few.dense(logits) if isinstance(few, TopKLogits) else few and _dense(few.hidden, few.head)
+        given = (self.reference_log_p_y, self.token_weight, None, self.reference_mass, self.trust)
         tokens = dense_tokens(
             logits.double().log_softmax(-1),
             labels.flatten()[rows],
             self.target,
             taught,
-            *(None if x is None else x.flatten()[rows] for x in (self.reference_log_p_y, self.token_weight)),
+            *(None if x is None else x.flatten()[rows] for x in given),
         )
         expected = self.target.token_loss(self.target.weights(tokens), tokens)
         got = out.token_loss.flatten()[rows]

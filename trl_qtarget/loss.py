@@ -16,6 +16,9 @@ from .target import Target
 from .teachers.base import ProjectedLogits, TeacherLogits, TopKLogits
 
 
+PER_TOKEN = ("labels", "reference_log_p_y", "reference_mass", "token_weight", "trust", "trajectory")
+
+
 @dataclass(frozen=True)
 class QTargetOutput:
     """The loss, and what it saw at each token: detached (N,) vectors, zero where the label is ignored."""
@@ -58,7 +61,9 @@ def qtarget_loss(
     *,
     teacher: TeacherLogits | None = None,
     reference_log_p_y: Tensor | None = None,  # (N,)
+    reference_mass: Tensor | None = None,  # (N,)
     token_weight: Tensor | None = None,  # (N,)
+    trust: Tensor | None = None,  # (N,) NaN where the target's own is meant
     trajectory: Tensor | None = None,  # (N,) ids; None: all tokens are one trajectory
     bias: Tensor | None = None,  # (V,)
     logit_scale: float = 1.0,
@@ -83,6 +88,8 @@ def qtarget_loss(
     Args:
         teacher: pi_T, or pi_ref, for targets that need one; rows are those of `hidden`.
         reference_log_p_y: log pi_ref(y) (iw_sft, prift) or log pi_old(y) (psft); read off `teacher` if that is dense.
+        reference_mass: rank mass of y under pi_ref (prift with statistic="mass"); computed from `teacher` otherwise.
+        trust: replaces gamma where it is a number.
         token_weight: multiplies each token's loss; for `critical_token`, its mask.
         chunk_size: tokens per tile; None takes them from a budget of bytes. Results do not depend on it.
         backend: "auto" (Triton where it drives the device, else torch), "triton" or "torch".
@@ -101,7 +108,9 @@ def qtarget_loss(
         labels=labels,
         teacher=_flat_teacher(teacher),
         reference_log_p_y=_flat(reference_log_p_y),
+        reference_mass=_flat(reference_mass),
         token_weight=_flat(token_weight),
+        trust=_flat(trust),
         trajectory=_flat(trajectory),
         chunk_size=chunk_size,
     )
@@ -140,17 +149,9 @@ def _flat_teacher(teacher: TeacherLogits | None) -> TeacherLogits | None:
 
 
 def _take(job: Job, keep: Tensor) -> Job:
-    def take(x: Tensor | None) -> Tensor | None:
-        return None if x is None else x.index_select(0, keep)
-
-    return replace(
-        job,
-        labels=job.labels.index_select(0, keep),
-        teacher=None if job.teacher is None else job.teacher.take(keep),
-        reference_log_p_y=take(job.reference_log_p_y),
-        token_weight=take(job.token_weight),
-        trajectory=take(job.trajectory),
-    )
+    given = {name: x for name in PER_TOKEN if (x := getattr(job, name)) is not None}
+    teacher = None if job.teacher is None else job.teacher.take(keep)
+    return replace(job, teacher=teacher, **{name: x.index_select(0, keep) for name, x in given.items()})
 
 
 def _only_what_is_needed(job: Job) -> Job:
@@ -179,14 +180,8 @@ def _check(hidden: Tensor, head: Head, job: Job) -> None:
         raise ValueError(f"chunk_size must be at least 1 token, got {job.chunk_size}.")
     if head.softcap is not None and head.softcap <= 0:
         raise ValueError(f"softcap must be positive, or None for no cap, got {head.softcap}.")
-    named = {
-        "labels": job.labels,
-        "teacher": job.teacher,
-        "reference_log_p_y": job.reference_log_p_y,
-        "token_weight": job.token_weight,
-        "trajectory": job.trajectory,
-    }
-    for name, x in named.items():
+    for name in ("teacher", *PER_TOKEN):
+        x = getattr(job, name)
         if x is not None and len(x) != N:
             raise ValueError(f"{name} has {len(x)} rows, hidden has {N}: there must be one for each token.")
     if hidden.shape[-1] != head.weight.shape[-1]:
@@ -194,6 +189,7 @@ def _check(hidden: Tensor, head: Head, job: Job) -> None:
     job.target.require(
         teacher=job.teacher is not None,
         reference_log_p_y=job.reference_log_p_y is not None,
+        reference_mass=job.reference_mass is not None,
         token_weight=job.token_weight is not None,
     )
     residual = job.target.residual

@@ -221,7 +221,7 @@ def prift(statistic: Literal["prob", "mass"] = "prob", threshold: Share = 0.5) -
     """
     if statistic == "prob":
         return Target(trust=lambda t: t.reference_log_p_y.exp(), needs=("reference_log_p_y",))
-    return Target(trust=lambda t: t.teacher_mass >= threshold, needs=("reference",))
+    return Target(trust=lambda t: t.reference_mass >= threshold, needs=("reference_mass",))
 
 
 @preset("talr", paper="2509.20758")

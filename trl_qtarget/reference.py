@@ -95,7 +95,9 @@ def reference_loss(
     teacher_logits: Tensor | None = None,  # (N, V_T)
     *,
     reference_log_p_y: Tensor | None = None,  # (N,)
+    reference_mass: Tensor | None = None,  # (N,)
     token_weight: Tensor | None = None,  # (N,)
+    trust: Tensor | None = None,  # (N,) NaN where the target's own is meant
     trajectory: Tensor | None = None,  # (N,) ids; None: all tokens are one trajectory
 ) -> Tensor:  # ()
     """Sum over labelled tokens of the loss, in float64; autograd supplies the gradient `s * (p - Q)`.
@@ -107,10 +109,12 @@ def reference_loss(
     target.require(
         teacher=teacher_logits is not None,
         reference_log_p_y=reference_log_p_y is not None,
+        reference_mass=reference_mass is not None,
         token_weight=token_weight is not None,
     )
     keep = labels != IGNORE
-    extras = (None if x is None else x[keep] for x in (teacher_logits, reference_log_p_y, token_weight, trajectory))
+    given = (teacher_logits, reference_log_p_y, token_weight, trajectory, reference_mass, trust)
+    extras = (None if x is None else x[keep] for x in given)
     log_p = logits[keep].double().log_softmax(-1)
     with torch.no_grad():
         tokens = dense_tokens(log_p, labels[keep], target, *extras)
@@ -129,6 +133,8 @@ def dense_tokens(
     reference_log_p_y: Tensor | None = None,  # (N,)
     token_weight: Tensor | None = None,  # (N,)
     trajectory: Tensor | None = None,  # (N,)
+    reference_mass: Tensor | None = None,  # (N,)
+    trust: Tensor | None = None,  # (N,)
 ) -> Tokens:
     """What the rules of `target` see of these tokens, every statistic computed densely."""
     log_q = None
@@ -142,6 +148,8 @@ def dense_tokens(
         labels=labels,
         token_weight=None if token_weight is None else token_weight.double(),
         given_reference=None if reference_log_p_y is None else reference_log_p_y.double(),
+        given_mass=None if reference_mass is None else reference_mass.double(),
+        given_trust=None if trust is None else trust.double(),
         trajectory=None if trajectory is None else trajectory.unique(return_inverse=True)[1],
     )
 

@@ -12,7 +12,7 @@ Nothing here imports torch: rules need tensor methods only, and the table of los
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -47,6 +47,8 @@ class Tokens:
     labels: Any = None  # (n,) y
     token_weight: Any = None  # (n,) the dataset's own weights
     given_reference: Tensor | None = None  # (n,) log pi_ref(y) or log pi_old(y), where somebody supplied it
+    given_mass: Tensor | None = None  # (n,) rank mass of y under pi_ref, where somebody supplied it
+    given_trust: Tensor | None = None  # (n,) the dataset's own gamma, NaN where a token has none
     trajectory: Tensor | None = None  # (n,) which trajectory a token is part of, ids in 0 .. n - 1; None: all one
 
     entropy = _statistic("entropy", "H(p)")
@@ -73,6 +75,11 @@ class Tokens:
     def reference_log_p_y(self) -> Tensor:
         """log pi_ref(y): as supplied, else read off the teacher's logits."""
         return self.teacher_log_p_y if self.given_reference is None else self.given_reference
+
+    @property
+    def reference_mass(self) -> Tensor:
+        """Rank mass of y under pi_ref: as supplied, else computed from the teacher's logits."""
+        return self.teacher_mass if self.given_mass is None else self.given_mass
 
     def trajectory_means(self, x: Tensor) -> Tensor:
         """(n,) values to (n,) slots: slot i holds the mean over trajectory i, NaN where there is none."""
@@ -136,8 +143,9 @@ class Target:
         value: the per-token loss to report, where the published one is not `w_y * nll + w_r * CE(pi~, p)`. It changes
             no gradient.
         needs: inputs without which the loss makes no sense, among "teacher", "reference" (logits of the initial
-            model), "reference_log_p_y" (its log-probability of y only), "snapshot" (log-probability of y a few updates
-            ago) and "token_weight" (the rules read it themselves; elsewhere it multiplies the loss).
+            model), "reference_log_p_y" and "reference_mass" (its log-probability or rank mass of y only, which the
+            data may hold), "snapshot" (log-probability of y a few updates ago) and "token_weight" (the rules read it
+            themselves; elsewhere it multiplies the loss).
         whole_batch: the rules need all tokens at once (trajectory means, batch medians): they are given log_p_y of the
             whole batch, from one extra pass without gradients, and no vocabulary statistics.
         snapshot_every: for "snapshot", after how many optimizer updates the remembered model is renewed.
@@ -159,12 +167,26 @@ class Target:
     @property
     def needs_teacher_logits(self) -> bool:
         """Whether a second model's whole distribution is wanted, be it a teacher's or a reference's."""
-        return "teacher" in self.needs or "reference" in self.needs
+        return self.reads_logits()
 
-    def require(self, *, teacher: bool, reference_log_p_y: bool, token_weight: bool) -> None:
+    def reads_logits(self, columns: Collection[str] = ()) -> bool:
+        """Whether a second model's whole distribution is wanted beside these columns of the data."""
+        return bool({"teacher", "reference", "reference_mass"} & set(self.needs) - set(columns))
+
+    def reads_model(self, columns: Collection[str] = ()) -> bool:
+        """Whether anything of a second model is wanted beside these columns of the data."""
+        return self.reads_logits(columns) or "reference_log_p_y" in set(self.needs) - set(columns)
+
+    def reads_column(self, name: str) -> bool:
+        """Whether a column of the data has a say: what it knows of a reference only where one is meant."""
+        return name in self.needs or not name.startswith("reference")
+
+    def require(
+        self, *, teacher: bool, reference_log_p_y: bool, token_weight: bool, reference_mass: bool = False
+    ) -> None:
         """Raise a ValueError naming what the target needs and is not given."""
         needs = set(self.needs)
-        if self.needs_teacher_logits and not teacher:
+        if self.reads_logits(["reference_mass"] if reference_mass else []) and not teacher:
             raise ValueError(f"This target needs {' and '.join(sorted(needs))} logits, and no teacher is given.")
         readable = reference_log_p_y or (teacher and not self.whole_batch)
         if needs & {"reference_log_p_y", "snapshot"} and not readable:
@@ -188,8 +210,13 @@ class Target:
         return replace(self, trust=trust, value=None)
 
     def weights(self, tokens: Tokens) -> RowWeights:
-        """The weights of n tokens. `token_weight` multiplies the scale unless the rules read it themselves."""
+        """The weights of n tokens. `token_weight` multiplies the scale unless the rules read it themselves.
+
+        A trust that the data gives a token is the last word on its gamma.
+        """
         trust = _evaluate(self.trust, tokens)
+        if tokens.given_trust is not None:
+            trust = trust.where(tokens.given_trust.isnan(), tokens.given_trust.to(trust))
         scale = _evaluate(self.scale, tokens)
         if self._is_weighted(tokens):
             scale = scale * tokens.token_weight
@@ -197,8 +224,11 @@ class Target:
         return RowWeights(scale * trust, scale * share, scale, trust)
 
     def token_loss(self, weights: RowWeights, tokens: Tokens) -> Tensor:
-        """(n,) the published value of the loss, nats; that of `s * CE(Q, p)` where nothing else is published."""
-        if self.value is not None:
+        """(n,) the published value of the loss, nats; that of `s * CE(Q, p)` where nothing else is published.
+
+        Nobody publishes one for trusts that the data overrides.
+        """
+        if self.value is not None and tokens.given_trust is None:
             value = _evaluate(self.value, tokens)
             return value * tokens.token_weight if self._is_weighted(tokens) else value
         loss = weights.label * tokens.nll

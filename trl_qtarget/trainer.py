@@ -9,21 +9,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import is_peft_model
 from torch import Tensor
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTConfig, SFTTrainer
 
 from . import compat
-from .checks import compare_tokenizers, refuse, trusted_ids
+from .checks import compare_tokenizers, mean_nll, refuse, trusted_ids
 from .config import TargetSFTConfig, as_target_config
-from .data import TOKEN_COLUMNS, TokenColumnCollator, check_token_columns, cut_token_columns, trajectories
+from .data import TOKEN_COLUMNS, TokenColumnCollator, prepared, shifted, token_columns, trajectories
 from .head import SUMS, ScoredOutput, Scorer, check_head, install
 from .loss import LabelCount
+from .reference import IGNORE
 from .target import Target
 from .teachers.base import ProjectedLogits, TopKLogits
-from .teachers.models import AdaptersOff, FrozenModel, Snapshot, base_model, evaluating, load
+from .teachers.loading import base_model, copy_of_initial, load_teacher
+from .teachers.models import FrozenModel, Remembered, evaluating, within_student
 from .teachers.offline import TEACHER_COLUMNS, CachedTeacherCollator, open_cache
 from .teachers.vocab import Agreement, KnownIds, common_columns
 
@@ -53,7 +54,9 @@ class TargetSFTTrainer(SFTTrainer):
 
     Metrics, besides TRL's, in train and eval: `nll`, and means over labelled tokens of what the target does:
     `qtarget/trust` (gamma), `qtarget/target_p_y` (Q(y)), `qtarget/moved` (1/2 ||Q - p||_1) and `qtarget/grad_mass`
-    (s/2 ||Q - p||_1). The logged `loss` is the published value of the method.
+    (s/2 ||Q - p||_1). The logged `loss` is the published value of the method. `qtarget/teacher_nll`, logged once, is
+    what the first labels cost the teacher or reference. Columns of the dataset that give numbers to tokens are listed
+    in `trl_qtarget.data`.
 
     Raises:
         ValueError: an option that the loss would not honour, or a teacher that is missing or does not fit; before any
@@ -91,56 +94,49 @@ class TargetSFTTrainer(SFTTrainer):
         if teacher_model is not None and args.teacher_cache is not None:
             raise ValueError("teacher_model and teacher_cache are both given: leave one of them out.")
         teacher_model = teacher_model or (None if args.teacher_cache else args.teacher_model_name_or_path)
-        refuse(args, self.target, teacher_model, kwargs)
+        refuse(args, self.target, teacher_model or args.teacher_ema_decay, kwargs)
         self._agreement: Agreement | None = None
+        self._given = token_columns(kwargs.get("train_dataset"), kwargs.get("eval_dataset"))
         if teacher_model is not None and self._needs_model():
             rows = kwargs.get("train_dataset") or ()
             self._agreement = compare_tokenizers(model, teacher_model, kwargs.get("processing_class"), args, rows)
         if teacher_model is model and not isinstance(model, str):
             teacher_model = copy.deepcopy(model)  # freezing the teacher must not freeze the student
-        reference = self._copy_of_initial(model, args, teacher_model, kwargs.get("peft_config"))
+        reference = None
+        elsewhere = teacher_model or args.teacher_ema_decay or args.teacher_cache
+        if elsewhere is None and self._needs_model():
+            reference = copy_of_initial(model, args, kwargs.get("peft_config"))
         super().__init__(model, args, **kwargs)
         compat.check_trainer(self)
         if not self._is_vision_dataset:
             self.data_collator = TokenColumnCollator(self.data_collator)
+        elif self._given:
+            raise ValueError(f"The column {self._given[0]} is not read beside images: leave it out.")
         install(base_model(self.model))
         self.target = self.target.trusting(args.trust_floor, trusted_ids(self._tokenizer, args.trust_token_ids or []))
         self._columns: int | None = None
         self._teacher = self._make_teacher(teacher_model, reference)
         if args.teacher_cache is not None and self._needs_model():
             self._use_cache()
+        self._introduced = False
         self._checked = not args.qtarget_self_check
         self._sums: dict[str, list[Tensor]] = {"train": [], "eval": []}
 
     # Teachers
 
     def _needs_model(self) -> bool:
-        return self.target.needs_teacher_logits or "reference_log_p_y" in self.target.needs
-
-    def _copy_of_initial(self, model: Any, args: TargetSFTConfig, teacher: Any, peft_config: Any) -> Any:
-        """A frozen copy of the student for losses that need a reference, unless something else can serve as one."""
-        if not self._needs_model() or "teacher" in self.target.needs or teacher is not None or args.teacher_cache:
-            return None
-        if peft_config is not None or (not isinstance(model, str) and is_peft_model(model)):
-            return None
-        if isinstance(model, str):
-            init_kwargs: Any = args.model_init_kwargs or {}
-            return load(model, args, **{"dtype": "float32", **init_kwargs})
-        return copy.deepcopy(model)
+        return self.target.reads_model(self._given)
 
     def _make_teacher(self, teacher: Any, reference: Any) -> Any:
-        if "snapshot" in self.target.needs:
-            return Snapshot(self.model, self.target.snapshot_every)
-        if not self._needs_model() or self.args.teacher_cache is not None:
+        if (not self._needs_model() or self.args.teacher_cache) and "snapshot" not in self.target.needs:
             return None
         if reference is not None:
             return FrozenModel(reference, self.accelerator)
-        if teacher is None:
-            return AdaptersOff(self.model)
+        inside = within_student(self.model, teacher, self.target, self.args, self.accelerator)
+        if inside is not None:
+            return inside
         if isinstance(teacher, str):
-            given: Any = self.args.teacher_model_init_kwargs or {}  # a mapping by now
-            revision = self.args.teacher_model_revision
-            teacher = load(teacher, self.args, **given, **({} if revision is None else {"revision": revision}))
+            teacher = load_teacher(teacher, self.args)
         self._columns = self._common_columns(teacher)
         return FrozenModel(teacher, self.accelerator)
 
@@ -168,10 +164,9 @@ class TargetSFTTrainer(SFTTrainer):
     # Data
 
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
-        """As SFTTrainer prepares it, with the token columns cut where it cuts the tokens."""
-        dataset = check_token_columns(dataset, packing, args.truncation_mode)
-        dataset = super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
-        return cut_token_columns(dataset)
+        """As SFTTrainer prepares it, with the token columns beside their tokens."""
+        given = (dataset, processing_class, args, packing, formatting_func, dataset_name)
+        return prepared(super()._prepare_dataset, *given)
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
@@ -211,6 +206,8 @@ class TargetSFTTrainer(SFTTrainer):
             with evaluating(self.model):
                 check_head(model, inputs["input_ids"], half=self.args.bf16 or self.args.fp16)
         self._checked = self._checked or mode == "train"
+        if not self._introduced and mode == "train":
+            self._introduce_teacher(scorer, inputs["labels"], columns)
         self._collect(out, inputs, mode)
         if not return_outputs:
             return loss
@@ -222,7 +219,9 @@ class TargetSFTTrainer(SFTTrainer):
         scorer = Scorer(self.target, self.args.qtarget_backend, self.args.qtarget_chunk_size, self._columns)
         scorer.check = not self._checked
         scorer.labelled = LabelCount(inputs["labels"][:, 1:]) if "shift_labels" not in inputs else None
-        scorer.token_weight = _shifted(columns["token_weight"]) if "token_weight" in columns else None
+        read = {name: x for name, x in columns.items() if self.target.reads_column(name)}
+        for name in read.keys() & set(TOKEN_COLUMNS):
+            setattr(scorer, name, read[name])
         if "token_weight" in self.target.needs and scorer.token_weight is None:
             raise ValueError(
                 f"Loss {self.args.loss!r} reads a token_weight column, one number for each of input_ids: add it to "
@@ -230,15 +229,15 @@ class TargetSFTTrainer(SFTTrainer):
             )
         if self.target.whole_batch:
             scorer.trajectory = trajectories(inputs)
-        if isinstance(self._teacher, Snapshot) and mode == "train":
+        if isinstance(self._teacher, Remembered) and mode == "train":
             self._teacher.renew(self.state.global_step)
-        if "teacher_ids" in columns:
-            scorer.teacher = TopKLogits(columns["teacher_ids"], columns["teacher_log_probs"])
-            if "reference_log_p_y" in self.target.needs:
-                scorer.teacher, scorer.reference_log_p_y = None, columns["teacher_log_p_y"]
-        elif self.target.needs_teacher_logits:
+        if self.target.reads_logits(read) and "teacher_ids" in read:
+            scorer.teacher = TopKLogits(*(read[name] for name in TEACHER_COLUMNS))
+        if self._teacher is None:
+            return scorer
+        if self.target.reads_logits(read):
             scorer.teacher = self._teacher.read(plain)
-        elif self._teacher is not None:
+        elif scorer.reference_log_p_y is None:
             scorer.reference_log_p_y = self._log_p_y(self._teacher.read(plain), inputs["labels"])
         return scorer
 
@@ -246,7 +245,19 @@ class TargetSFTTrainer(SFTTrainer):
         """log-probability of each label under another model."""
         with torch.no_grad():
             reader = Scorer(Target(), self.args.qtarget_backend, self.args.qtarget_chunk_size, self._columns)
-            return reader.log_p_y(other, _shifted(labels, fill=-100))
+            return reader.log_p_y(other, shifted(labels, fill=IGNORE))
+
+    def _introduce_teacher(self, scorer: Scorer, labels: Tensor, columns: dict[str, Tensor]) -> None:
+        """Log once what the labels cost the other model, so that a broken one is seen at once."""
+        self._introduced = True
+        log_p_y = scorer.reference_log_p_y
+        if isinstance(scorer.teacher, ProjectedLogits):
+            log_p_y = self._log_p_y(scorer.teacher, labels)
+        elif scorer.teacher is not None:
+            log_p_y = columns["reference_log_p_y"]
+        if log_p_y is not None:
+            nll = mean_nll(log_p_y, shifted(labels, fill=IGNORE), self.accelerator, len(self._tokenizer))
+            self._metrics["train"]["qtarget/teacher_nll"].append(nll)
 
     def _reduced(self, out: ScoredOutput, num_items_in_batch: Tensor | int | None) -> Tensor:
         """As SFTTrainer reduces: over all tokens of the step, undoing the mean that DDP takes over ranks."""
@@ -260,17 +271,17 @@ class TargetSFTTrainer(SFTTrainer):
             loss = loss + out.aux_loss * (self.router_aux_loss_coef / steps)
         return loss
 
-    # Checkpoints: what psft remembers is part of the run
+    # Checkpoints: what a student remembers of itself is part of the run
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
-        if isinstance(self._teacher, Snapshot) and self.args.should_save:
+        if isinstance(self._teacher, Remembered) and self.args.should_save:
             folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
             self._teacher.save(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if isinstance(self._teacher, Snapshot):
+        if isinstance(self._teacher, Remembered):
             self._teacher.load(Path(resume_from_checkpoint))
 
     # Metrics
@@ -305,8 +316,3 @@ class TargetSFTTrainer(SFTTrainer):
         metrics["num_tokens"] = [self._total_train_tokens]
         if self.aux_loss_enabled:
             metrics["aux_loss"] = [columns["aux_loss"].mean().item() / self.accelerator.num_processes]
-
-
-def _shifted(x: Tensor, fill: float = 0) -> Tensor:  # (B, T)
-    """Each position gets the value of the token that comes next."""
-    return torch.nn.functional.pad(x[:, 1:], (0, 1), value=fill)

@@ -41,7 +41,9 @@ class Job:
     labels: Tensor  # (N,)
     teacher: TeacherLogits | None = None
     reference_log_p_y: Tensor | None = None  # (N,)
+    reference_mass: Tensor | None = None  # (N,)
     token_weight: Tensor | None = None  # (N,)
+    trust: Tensor | None = None  # (N,) NaN where the target's own is meant
     trajectory: Tensor | None = None  # (N,)
     chunk_size: int | None = None
     columns: dict[str, Tensor] = field(default_factory=dict)  # results, (N,) each
@@ -152,12 +154,14 @@ class Job:
             labels=self.labels[at],
             token_weight=part(self.token_weight),
             given_reference=part(self.reference_log_p_y),
+            given_mass=part(self.reference_mass),
+            given_trust=part(self.trust),
             trajectory=None if self.trajectory is None else self.trajectory[at],
         )
 
     def _weigh_whole_batch(self, hidden: Tensor, head: Head) -> None:
         """One extra pass of log p_y, for the rules that look at all tokens before they weigh the first."""
-        first = replace(self, target=Target(), teacher=None, token_weight=None, columns={})
+        first = replace(self, target=Target(), teacher=None, token_weight=None, trust=None, columns={})
         first.run(hidden, head, (False, False, False))
         tokens = self._tokens(first.columns["log_p_y"], None, slice(None))
         weights = self.target.weights(tokens)

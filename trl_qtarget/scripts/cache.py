@@ -104,7 +104,7 @@ class Scorer:
 
         from trl_qtarget import TargetSFTTrainer
         from trl_qtarget.checks import compare_tokenizers
-        from trl_qtarget.teachers.models import base_model, load
+        from trl_qtarget.teachers.loading import base_model, load_teacher
         from trl_qtarget.teachers.vocab import KnownIds, common_columns
 
         self.args, self.options = training_args, cache_args
@@ -112,14 +112,18 @@ class Scorer:
         trust = {"trust_remote_code": training_args.trust_remote_code}
         student = model_args.model_name_or_path
         tokenizer = AutoTokenizer.from_pretrained(student, revision=model_args.model_revision, **trust)
-        given = training_args.teacher_model_init_kwargs or {}
-        revision = training_args.teacher_model_revision
-        teacher = load(self.name, training_args, **given, **({} if revision is None else {"revision": revision}))
+        teacher = load_teacher(self.name, training_args)
         columns = AutoConfig.from_pretrained(student, revision=model_args.model_revision, **trust)
         columns = columns.get_text_config().vocab_size
         theirs = len(teacher.get_output_embeddings().weight)
         # the trainer prepares the data as the student's would, and places the model; it has nothing else to do
-        for option in ("loss_kwargs", "teacher_cache", "teacher_model_name_or_path", "model_init_kwargs"):
+        for option in (
+            "loss_kwargs",
+            "teacher_cache",
+            "teacher_ema_decay",
+            "teacher_model_name_or_path",
+            "model_init_kwargs",
+        ):
             setattr(training_args, option, None)
         training_args.loss, training_args.push_to_hub, training_args.report_to = "nll", False, []
         train, evaluation = load_splits(script_args, training_args, dataset_args)

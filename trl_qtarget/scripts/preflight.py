@@ -17,7 +17,8 @@ def mistakes(script_args, training_args, model_args, dataset_args) -> list[str]:
     ]
     if model_args.model_name_or_path is None:
         found.append("no model: pass --model_name_or_path with a folder or a name of the Hub")
-    if "teacher" in training_args.target().needs and teacher is None and cache is None:
+    average = training_args.teacher_ema_decay
+    if "teacher" in training_args.target().needs and teacher is None and cache is None and average is None:
         found.append(
             f"loss {training_args.loss!r} needs a teacher: pass --teacher_model_name_or_path, or --teacher_cache"
         )

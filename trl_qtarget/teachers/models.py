@@ -7,38 +7,26 @@ masks, same packing.
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import is_peft_model
 from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
-from ..compat import create_model, prepare_frozen
+from ..compat import prepare_frozen, shards_weights
 from ..head import install, read_teacher
+from ..kernels.products import wide
+from ..target import Target
 from .base import ProjectedLogits
+from .loading import base_model, revision_of, shares_base
 
 
-SNAPSHOT_FILE = "qtarget_snapshot.safetensors"
-
-
-def load(path: str, args: Any, **kwargs: Any) -> PreTrainedModel:
-    """A frozen model from a Hub id or folder, in the run's own precision unless `kwargs` say otherwise."""
-    if "dtype" not in kwargs and (args.bf16 or args.fp16):
-        kwargs["dtype"] = "bfloat16" if args.bf16 else "float16"
-    if args.distributed_state.distributed_type != "NO":
-        kwargs["device_map"] = None  # every rank holds its own copy, or its shard
-    kwargs.setdefault("trust_remote_code", args.trust_remote_code)
-    return create_model(path, **kwargs)
-
-
-def base_model(model: Any) -> PreTrainedModel:
-    """The transformers model, under its adapters where it has some."""
-    return model.get_base_model() if is_peft_model(model) else model
+ADAPTER = "qtarget_teacher"  # its name beside the student's own
 
 
 class FrozenModel:
@@ -64,34 +52,63 @@ class AdaptersOff:
             return read_teacher(self.model, inputs)
 
 
-class Snapshot:
-    """The student of at most `every` optimizer updates ago: copies of its trainable weights, swapped in to be read.
+class OtherAdapter:
+    """A frozen adapter beside the trained one, over the same base weights: a teacher without a second copy of them.
+
+    PEFT knows of it only while it is read, so that it is never saved.
+    """
+
+    def __init__(self, model: Any, path: str, **kwargs: Any):
+        self.model = model
+        with _trainable_kept(model):
+            model.load_adapter(path, ADAPTER, **kwargs)
+        self.config = model.peft_config.pop(ADAPTER)
+
+    def read(self, inputs: dict[str, Any]) -> ProjectedLogits:
+        trained = self.model.active_adapter
+        with evaluating(self.model), _trainable_kept(self.model):
+            self.model.peft_config[ADAPTER] = self.config
+            try:
+                self.model.set_adapter(ADAPTER)
+                return read_teacher(self.model, inputs)
+            finally:
+                self.model.set_adapter(trained)
+                del self.model.peft_config[ADAPTER]
+
+
+class Remembered:
+    """An earlier student: copies of its trainable weights, swapped in to be read.
 
     Before the first update, as in an evaluation of the untrained model, it is the student itself.
     """
 
-    def __init__(self, model: Any, every: int):
-        self.model, self.every = model, every
+    file: str
+
+    def __init__(self, model: Any):
+        self.model = model
         self.taken_at = -1
         self.weights: dict[str, torch.Tensor] = {}
 
+    def trainable(self) -> dict[str, torch.Tensor]:
+        """The weights of the student as they are now."""
+        return {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
+
     def renew(self, step: int) -> None:
-        """Copy the weights if it is time: before update 0, `every`, 2 `every` and so on."""
-        if not self.weights or (step % self.every == 0 and step != self.taken_at):
-            self.weights = {n: p.detach().clone() for n, p in self.model.named_parameters() if p.requires_grad}
-            self.taken_at = step
+        """Bring the copies to what they are before update number `step`."""
+        raise NotImplementedError
 
     def save(self, folder: Path) -> None:
         """Keep it in a checkpoint, so that a resumed run remembers the same model."""
         weights = {name: weight.contiguous() for name, weight in self.weights.items()}
-        save_file(weights, folder / SNAPSHOT_FILE, metadata={"taken_at": str(self.taken_at)})
+        save_file(weights, folder / self.file, metadata={"taken_at": str(self.taken_at)})
 
     def load(self, folder: Path) -> None:
         """Take it from a checkpoint that has one."""
-        if not (folder / SNAPSHOT_FILE).is_file():
+        if not (folder / self.file).is_file():
+            warnings.warn(f"{folder} has no {self.file}: what it remembers starts from its weights.", stacklevel=2)
             return
         devices = {name: p.device for name, p in self.model.named_parameters()}
-        with safe_open(folder / SNAPSHOT_FILE, "pt") as file:
+        with safe_open(folder / self.file, "pt") as file:
             self.weights = {name: file.get_tensor(name).to(devices[name]) for name in file.keys()}  # noqa: SIM118
             self.taken_at = int(file.metadata()["taken_at"])
 
@@ -108,11 +125,79 @@ class Snapshot:
         present = {name: parameters[name].data for name in self.weights}
         try:
             for name, weight in self.weights.items():
-                parameters[name].data = weight
+                parameters[name].data = weight.to(present[name].dtype)
             yield
         finally:
             for name, data in present.items():
                 parameters[name].data = data
+
+
+class Snapshot(Remembered):
+    """The student of at most `every` optimizer updates ago."""
+
+    file = "qtarget_snapshot.safetensors"
+
+    def __init__(self, model: Any, every: int):
+        super().__init__(model)
+        self.every = every
+
+    def renew(self, step: int) -> None:
+        """Copy the weights if it is time: before update 0, `every`, 2 `every` and so on."""
+        if not self.weights or (step % self.every == 0 and step != self.taken_at):
+            self.weights = {name: weight.clone() for name, weight in self.trainable().items()}
+            self.taken_at = step
+
+
+class Average(Remembered):
+    """The exponential moving average of the student over its updates, in float32 or wider."""
+
+    file = "qtarget_average.safetensors"
+
+    def __init__(self, model: Any, decay: float):
+        super().__init__(model)
+        self.decay = decay
+
+    def renew(self, step: int) -> None:
+        """Average in the weights that the last update has left."""
+        if step == self.taken_at:
+            return
+        for name, weight in self.trainable().items():
+            kept = self.weights.setdefault(name, weight.to(wide(weight.dtype), copy=True))
+            kept.lerp_(weight.to(kept.dtype), 1 - self.decay)
+        self.taken_at = step
+
+
+def within_student(student: Any, teacher: Any, target: Target, args: Any, accelerator: Any) -> Any:
+    """The second model, where all its weights or most of them are the student's own; None where it stands apart.
+
+    Raises:
+        ValueError: copies of weights of which each rank holds parts: what is swapped in would never be gathered.
+    """
+    if ("snapshot" in target.needs or args.teacher_ema_decay is not None) and shards_weights(accelerator):
+        raise ValueError(
+            "psft and teacher_ema_decay keep copies of the student's weights, and FSDP or ZeRO-3 shards them: train "
+            "with DDP or ZeRO-2, or with another loss or teacher."
+        )
+    if "snapshot" in target.needs:
+        return Snapshot(student, target.snapshot_every)
+    if args.teacher_ema_decay is not None:
+        return Average(student, args.teacher_ema_decay)
+    if teacher is None:
+        return AdaptersOff(student)
+    if isinstance(teacher, str) and shares_base(student, teacher, args):
+        return OtherAdapter(student, teacher, **revision_of(args))
+    return None
+
+
+@contextlib.contextmanager
+def _trainable_kept(model: torch.nn.Module) -> Iterator[None]:
+    """Whatever PEFT does in between, the same parameters require a gradient afterwards, and no new one does."""
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    try:
+        yield
+    finally:
+        for name, p in model.named_parameters():
+            p.requires_grad_(name in trainable)
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
+from ..data import REFERENCE_COLUMNS
 from ..head import gathered, read_teacher
 from ..kernels.chunked import rows_per_tile
 from ..kernels.products import project, wide
@@ -30,7 +31,7 @@ from .shards import CacheError, Entry
 
 
 LARGE = 10_000  # rows whose hashing is worth a progress bar
-TEACHER_COLUMNS = ("teacher_ids", "teacher_log_probs", "teacher_log_p_y", "teacher_mass")
+TEACHER_COLUMNS = ("teacher_ids", "teacher_log_probs")
 
 
 @dataclass(frozen=True)
@@ -119,8 +120,8 @@ def open_cache(args: Any, tokenizer: Any, student_columns: int, datasets: Mappin
 class CachedTeacherCollator:
     """Wraps a collator: adds what the cached teacher says of each label, where the student predicts it.
 
-    `teacher_ids` and `teacher_log_probs` are (B, T, K); `teacher_log_p_y` and `teacher_mass`, which is p_T(y) and all
-    that the teacher ranks below y, are (B, T).
+    `teacher_ids` and `teacher_log_probs` are (B, T, K). `reference_log_p_y` and `reference_mass`, (B, T), are as token
+    columns of the data, for losses that take the teacher for a reference.
     """
 
     def __init__(self, collator: Any, cache: TeacherCache):
@@ -142,7 +143,8 @@ class CachedTeacherCollator:
                 column[row, at] = torch.from_numpy(np.array(values))
             log_p_y[row, at] = torch.from_numpy(np.array(entry.log_p_y))
             mass[row, at] = torch.from_numpy(np.array(entry.mass))
-        return batch | dict(zip(TEACHER_COLUMNS, (ids, log_probs, log_p_y, mass), strict=True))
+        names = (*TEACHER_COLUMNS, *REFERENCE_COLUMNS)
+        return batch | dict(zip(names, (ids, log_probs, log_p_y, mass), strict=True))
 
     def _find(self, sequence: TokenSequence) -> Entry:
         try:

@@ -1,0 +1,75 @@
+"""From a Hub id or folder to a model, and from the arguments of a run to the ones it reads."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from accelerate.utils import is_peft_model
+from transformers import PreTrainedModel
+from transformers.utils import find_adapter_config_file
+
+from ..compat import create_model
+
+
+def load(path: str, args: Any, **kwargs: Any) -> PreTrainedModel:
+    """A frozen model from a Hub id or folder, in the run's own precision unless `kwargs` say otherwise.
+
+    An adapter is merged into a copy of its base.
+    """
+    adapter = adapter_config(path, kwargs.get("revision"))
+    if adapter is not None:
+        from peft import PeftModel
+
+        base = load(adapter.base_model_name_or_path, args, **{**kwargs, "revision": adapter.revision or "main"})
+        return PeftModel.from_pretrained(base, path, revision=kwargs.get("revision")).merge_and_unload()
+    if "dtype" not in kwargs and (args.bf16 or args.fp16):
+        kwargs["dtype"] = "bfloat16" if args.bf16 else "float16"
+    if args.distributed_state.distributed_type != "NO":
+        kwargs["device_map"] = None  # every rank holds its own copy, or its shard
+    kwargs.setdefault("trust_remote_code", args.trust_remote_code)
+    return create_model(path, **kwargs)
+
+
+def adapter_config(path: str, revision: str | None = None) -> Any:
+    """The configuration of the adapter that a Hub id or folder holds, or None."""
+    if find_adapter_config_file(path, revision=revision) is None:
+        return None
+    from peft import PeftConfig
+
+    return PeftConfig.from_pretrained(path, revision=revision)
+
+
+def revision_of(args: Any) -> dict[str, str]:
+    """The teacher's revision as a keyword, where one is given."""
+    return {} if args.teacher_model_revision is None else {"revision": args.teacher_model_revision}
+
+
+def load_teacher(path: str, args: Any) -> PreTrainedModel:
+    """A teacher with weights of its own."""
+    return load(path, args, **(args.teacher_model_init_kwargs or {}), **revision_of(args))
+
+
+def shares_base(student: Any, path: str, args: Any) -> bool:
+    """Whether a folder or Hub id holds an adapter for the very base weights that a PEFT student has."""
+    adapter = adapter_config(path, args.teacher_model_revision) if is_peft_model(student) else None
+    if adapter is None:
+        return False
+    own = student.peft_config[student.active_adapter]
+    same_kind = own.peft_type == adapter.peft_type and (own.revision or "main") == (adapter.revision or "main")
+    name = adapter.base_model_name_or_path
+    return bool(name) and same_kind and name == base_model(student).config._name_or_path
+
+
+def base_model(model: Any) -> PreTrainedModel:
+    """The transformers model, under its adapters where it has some."""
+    return model.get_base_model() if is_peft_model(model) else model
+
+
+def copy_of_initial(model: Any, args: Any, peft_config: Any) -> Any:
+    """The student before training, to be kept beside it; None where its base weights under adapters are just that."""
+    if peft_config is not None or (not isinstance(model, str) and is_peft_model(model)):
+        return None
+    if isinstance(model, str):
+        return load(model, args, **{"dtype": "float32", **(args.model_init_kwargs or {})})
+    return copy.deepcopy(model)
