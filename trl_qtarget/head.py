@@ -242,7 +242,9 @@ class Scorer:
             return
         few = None if teacher is None else teacher.take(rows)
         logits = _dense(hidden.flatten(0, 1)[rows], head)
-        taught = few.dense(logits) if isinstance(few, TopKLogits) else few and _dense(few.hidden, few.head)
+        taught = None
+        if few is not None:
+            taught = few.dense(logits) if isinstance(few, TopKLogits) else _dense(few.hidden, few.head)
         given = (self.reference_log_p_y, self.token_weight, None, self.reference_mass, self.trust)
         tokens = dense_tokens(
             logits.double().log_softmax(-1),
