@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from trl_qtarget import head
 
 ROOT = Path("runs/smollm2-135m")
 SHAPE = {"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "report_to": "none", "max_length": 512}
-TRAINERS = ["TRL nll", "TRL dft", "TRL distillation", "nll", "dft", "asft", "target_sft"]
+TRAINERS = ["TRL nll", "TRL dft", "TRL distillation", "nll", "dft", "asft", "target_sft", "target_sft cached"]
 
 
 def make(name: str, args: argparse.Namespace, out: str) -> Any:
@@ -48,8 +48,10 @@ def make(name: str, args: argparse.Namespace, out: str) -> Any:
         return distillation(args, shape, data)
     if name.startswith("TRL "):
         return SFTTrainer(str(args.model), SFTConfig(**shape, loss_type=name.split()[1]), train_dataset=data)
-    teacher = {"teacher_model_name_or_path": str(args.teacher)} if name == "target_sft" else {}
-    config = TargetSFTConfig(**shape, loss=name, qtarget_self_check=False, **teacher)
+    teachers = {"target_sft": {"teacher_model_name_or_path": str(args.teacher)}}
+    teachers["target_sft cached"] = {"teacher_cache": str(args.cache)}
+    loss = name.partition(" ")[0]
+    config = TargetSFTConfig(**shape, loss=loss, qtarget_self_check=False, **teachers.get(name, {}))
     return TargetSFTTrainer(str(args.model), config, train_dataset=data)
 
 
@@ -106,12 +108,19 @@ def measure(args: argparse.Namespace) -> float:
 
 
 def peak(name: str, args: argparse.Namespace) -> float:
-    words = ["--model", args.model, "--teacher", args.teacher, "--data", args.data, "--rows", str(args.rows)]
+    words = [w for k in ("model", "teacher", "cache", "data", "rows") for w in (f"--{k}", getattr(args, k))]
     run = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "benchmarks.train", "--measure", name, *map(str, words)],
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     return float(run.stdout.split()[-1])
+
+
+def collated(trainer: Any) -> Iterator[dict]:
+    """The batches of one pass, in the order of the data, so that all trainers get the same."""
+    size = trainer.args.per_device_train_batch_size
+    for start in range(0, len(trainer.train_dataset), size):
+        yield trainer.data_collator([trainer.train_dataset[i] for i in range(start, start + size)])
 
 
 class HeadClock:
@@ -132,19 +141,19 @@ def compare(args: argparse.Namespace) -> list[dict]:
     with tempfile.TemporaryDirectory() as out:
         trainers = {name: make(name, args, out) for name in args.only}
         steps = {name: stepper(trainer) for name, trainer in trainers.items()}
-        batches = list(trainers[args.only[0]].get_train_dataloader())
+        batches = {name: list(collated(trainers[name if "cached" in name else args.only[0]])) for name in args.only}
         seconds: dict[str, list[float]] = {name: [] for name in args.only}
         heads: dict[str, list[float]] = {name: [] for name in args.only}
         for turn in range(args.turns + 1):
-            batch = batches[turn % len(batches)]
             for name, step in steps.items():
+                batch = batches[name][turn % len(batches[name])]
                 start, clock.seconds = time.perf_counter(), 0.0
                 step(batch)
                 if turn:  # the first one warms up
                     seconds[name].append(time.perf_counter() - start)
                     heads[name].append(clock.seconds / seconds[name][-1])
-    tokens = statistics.mean(b["attention_mask"].sum().item() for b in batches)
     base = args.only[0]
+    tokens = statistics.mean(b["attention_mask"].sum().item() for b in batches[base])
     rows = []
     for name in args.only:
         ratios = [a / b for a, b in zip(seconds[name], seconds[base], strict=True)]
@@ -163,6 +172,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=ROOT / "model")
     parser.add_argument("--teacher", type=Path, default=ROOT / "model")
+    parser.add_argument("--cache", type=Path, default=ROOT / "teacher-cache", help="of benchmarks.teacher")
     parser.add_argument("--data", type=Path, default=ROOT / "train.jsonl")
     parser.add_argument("--rows", type=int, default=2, help="rows of a batch")
     parser.add_argument("--turns", type=int, default=5)
@@ -171,6 +181,8 @@ def main() -> None:
     parser.add_argument("--measure", choices=TRAINERS, help=argparse.SUPPRESS)  # the child process of `peak`
     args = parser.parse_args()
     warnings.simplefilter("ignore")
+    if not args.cache.exists():
+        args.only = [name for name in args.only if "cached" not in name]
     if args.measure:
         print(measure(args))
         return
