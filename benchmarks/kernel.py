@@ -56,7 +56,8 @@ def whole(names: list[str], turns: int, gpu: bool) -> list[Series]:
     V = 151_936 if gpu else 147_456
     sizes = [1024, 8192] if gpu else [256, 1024]
     return [
-        *([] if gpu else [Series("table, memory handed back", sizes, [V], compared, turns, [], keeps_memory=False)]),
+        *([] if gpu else [Series("table, memory handed back", [256], [V], compared, turns, keeps_memory=False)]),
+        *([] if gpu else [Series("table, memory handed back", [1024], [V], compared, 1, keeps_memory=False)]),
         Series("table", sizes, [V], names, turns, names),
         Series("memory", [2048], [V], [], 0, [x for x in ("dft", "target_sft dense", "plain logits") if x in names]),
         Series("tokens", [256, 1024, 4096], [32_768], growing, turns, growing),
