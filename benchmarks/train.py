@@ -11,6 +11,7 @@ holds before its first step (weights, data, teacher).
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import statistics
 import subprocess
@@ -19,6 +20,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -99,10 +101,14 @@ def measure(args: argparse.Namespace) -> float:
     """Peak MiB of a few steps of one trainer."""
     with tempfile.TemporaryDirectory() as out:
         trainer = make(args.measure, args, out)
-        step, batches = stepper(trainer), trainer.get_train_dataloader()
+        # the distillation trainer collates prompts only
+        source = make("TRL nll", args, out) if args.measure == "TRL distillation" else trainer
+        step, batches = stepper(trainer), list(islice(collated(source), 2))
+        del source
+        gc.collect()
         forget_peak()
         before = resident("VmRSS")
-        for batch, _ in zip(batches, range(2), strict=False):
+        for batch in batches:
             step(batch)
         return (resident("VmHWM") - before) / 2**10
 
