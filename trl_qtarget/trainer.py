@@ -18,8 +18,9 @@ from . import compat
 from .checks import compare_tokenizers, mean_nll, refuse, trusted_ids
 from .config import TargetSFTConfig, as_target_config
 from .data import TOKEN_COLUMNS, TokenColumnCollator, prepared, shifted, token_columns, trajectories
-from .head import SUMS, ScoredOutput, Scorer, check_head, install
+from .head import ScoredOutput, Scorer, check_head, install
 from .loss import LabelCount
+from .metrics import TokenSums
 from .reference import IGNORE
 from .target import Target
 from .teachers.base import ProjectedLogits, TopKLogits
@@ -30,8 +31,6 @@ from .teachers.vocab import Agreement, KnownIds, common_columns
 
 
 POSITIONAL = list(inspect.signature(SFTTrainer.__init__).parameters)[3:]  # after self, model, args
-METRICS = {"nll": "nll", **{f"qtarget/{name}": name for name in ("trust", "moved", "target_p_y", "grad_mass")}}
-TRL_METRICS = {"entropy": "entropy", "mean_token_accuracy": "top1"}
 
 
 class TargetSFTTrainer(SFTTrainer):
@@ -120,7 +119,7 @@ class TargetSFTTrainer(SFTTrainer):
             self._use_cache()
         self._introduced = False
         self._checked = not args.qtarget_self_check
-        self._sums: dict[str, list[Tensor]] = {"train": [], "eval": []}
+        self._sums = TokenSums(self)
 
     # Teachers
 
@@ -208,7 +207,7 @@ class TargetSFTTrainer(SFTTrainer):
         self._checked = self._checked or mode == "train"
         if not self._introduced and mode == "train":
             self._introduce_teacher(scorer, inputs["labels"], columns)
-        self._collect(out, inputs, mode)
+        self._sums.add(out, inputs, mode)
         if not return_outputs:
             return loss
         with torch.no_grad():
@@ -286,33 +285,7 @@ class TargetSFTTrainer(SFTTrainer):
 
     # Metrics
 
-    def _collect(self, out: ScoredOutput, inputs: dict[str, Any], mode: str) -> None:
-        """Add up over ranks what this batch says; nothing waits for the device before it is logged."""
-        seen = inputs["attention_mask"].sum() if "attention_mask" in inputs else inputs["input_ids"].numel()
-        aux = out.aux_loss.detach() if self.aux_loss_enabled else 0.0
-        extra = torch.stack([torch.as_tensor(x, dtype=torch.float32, device=out.sums.device) for x in (seen, aux)])
-        reduced: Any = self.accelerator.reduce(torch.cat([out.sums.detach(), extra]), reduction="sum")
-        self._sums[mode].append(reduced)
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         mode = "train" if self.model.training else "eval"
-        self._fill_metrics(mode)
+        self._sums.flush(mode)
         super().log(logs, start_time)
-
-    def _fill_metrics(self, mode: str) -> None:
-        """Turn the sums since the last log into means, where `SFTTrainer.log` will look for them."""
-        if not self._sums[mode]:
-            return
-        table = torch.stack(self._sums[mode]).double().cpu()
-        self._sums[mode].clear()
-        columns: dict[str, Tensor] = dict(zip((*SUMS, "seen", "aux_loss"), table.unbind(-1), strict=True))
-        metrics, tokens = self._metrics[mode], columns["tokens"]
-        for name, column in METRICS.items():
-            metrics[name] = [(columns[column].sum() / tokens.sum().clamp(min=1)).item()]
-        for name, column in TRL_METRICS.items():  # as TRL has them: the mean over batches of their means
-            metrics[name] = [(columns[column] / tokens.clamp(min=1)).mean().item()]
-        if mode == "train":
-            self._total_train_tokens += int(columns["seen"].sum()) // compat.tensor_parallel_size(self)
-        metrics["num_tokens"] = [self._total_train_tokens]
-        if self.aux_loss_enabled:
-            metrics["aux_loss"] = [columns["aux_loss"].mean().item() / self.accelerator.num_processes]
