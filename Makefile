@@ -40,7 +40,7 @@ bench: $(VENV)/.installed-test,lint  ## the kernels beside TRL's and beside the 
 
 bench-gpu: $(VENV)/.installed-test,lint  ## the tests and the benchmark that need a GPU
 	$(BIN)/python -m pytest -m gpu tests/test_gpu.py
-	$(BIN)/python -m benchmarks.kernel --dtype bfloat16 --width 2048 --teacher_width 4096 $(ARGS)
+	$(BIN)/python -m benchmarks.kernel --device cuda --dtype bfloat16 --width 2048 --teacher_width 4096 $(ARGS)
 
 clean:  ## remove the environment and everything the tools left behind
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .import_linter_cache .hypothesis

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -49,9 +50,11 @@ def measure(path: Path, args: argparse.Namespace) -> dict[str, tuple[torch.Tenso
             for loss in LOSSES:
                 out_ = qtarget_loss(
                     student.hidden, student.weight, labels, build(loss),
-                    teacher=type(teacher)(teacher.hidden.flatten(0, 1), teacher.weight, teacher.bias),
+                    teacher=replace(teacher, hidden=teacher.hidden.flatten(0, 1)),
+                    bias=student.bias, logit_scale=student.logit_scale, softcap=student.softcap,
                 )  # fmt: skip
                 keep = labels != -100
+                # both losses have s = 1
                 found[loss].append(torch.stack([2 * out_.grad_mass[keep], 1 - out_.trust[keep]]))
     return {loss: tuple(torch.cat(parts, 1)) for loss, parts in found.items()}
 

@@ -133,6 +133,38 @@ def test_a_teacher_with_other_columns_is_compared_over_the_common_ones(V_T):
     close(fused, reference)
 
 
+@pytest.mark.parametrize("softcap", [3.0, 30.0])
+def test_a_capped_teacher_has_nothing_where_it_has_no_column(softcap):
+    c = case(V_T=50)
+    teacher = ProjectedLogits(c["teacher"].hidden, c["teacher"].weight, softcap=softcap)
+    _, fused, _ = both(c, build("target_sft"), teacher=teacher)
+    z = dense(c["hidden"], c["weight"])
+    taught = torch.full_like(z, -torch.inf)
+    taught[:, :50] = dense(teacher.hidden, teacher.weight, softcap=softcap)
+    loss = reference_loss(z, c["labels"], build("target_sft"), taught)
+    close(fused, (loss, *torch.autograd.grad(loss, (c["hidden"], c["weight"]))))
+
+
+def test_large_weights_do_not_overflow_float16():
+    c = case(dtype=torch.float16, spread=0.3, masked=False)
+    weights = {"token_weight": torch.full((13,), 100.0)}
+    _, fused, reference = both(c, build("nll"), weights)
+    close(fused, reference, rtol=1e-2, atol=0.5)
+
+
+def test_a_tile_of_another_kind_is_not_kept():
+    c = case()
+    KEPT.buffers.clear()
+    torch.set_default_device("meta")
+    try:
+        both(c, build("nll"))
+    except RuntimeError:
+        pass
+    finally:
+        torch.set_default_device(None)
+    assert {buffer.device.type for buffer in KEPT.buffers.values()} <= {"cpu"}
+
+
 @pytest.mark.parametrize("eta", [-0.5, 0.0, 0.25, 1.0, 1.5])
 def test_impossible_columns_on_either_side(eta):
     c = case(bias=True, V=31)

@@ -19,7 +19,7 @@ from trl_qtarget.head import install
 from trl_qtarget.scripts import cache as script
 from trl_qtarget.teachers.cache import TeacherCache, readable, row_key
 from trl_qtarget.teachers.offline import TokenSequence, score, sequences
-from trl_qtarget.teachers.shards import CacheError
+from trl_qtarget.teachers.shards import CacheError, _sealed
 
 
 CPU = ["--use_cpu", "true", "--bf16", "false", "--report_to", "none", "--dtype", "float32"]
@@ -134,8 +134,12 @@ def test_a_row_that_is_missing_stops_the_run_before_it_begins(made, train, rows)
     with pytest.raises(CacheError, match=r"of the 24 distinct sequences of the train dataset are not in the cache"):
         train(teacher_cache=folder, data=Dataset.from_list(rows(24)))
     other = Dataset.from_list(rows(8, seed=9))
-    with pytest.raises(CacheError, match="of the eval dataset are not in the cache"):
+    with pytest.raises(CacheError, match=r"of the eval dataset are not .* trl-qtarget cache .* --top_k 3 "):
         train(teacher_cache=folder, eval_data=other)
+    with pytest.raises(CacheError, match="of the train dataset are not in the cache"):
+        train(teacher_cache=folder, data=other, eval_data={"train": Dataset.from_list(rows(4))})
+    with pytest.raises(CacheError, match="max_length=1024, and this run has max_length=6"):
+        train(teacher_cache=folder, max_length=6)
     stream = Dataset.from_list(rows(24, seed=9)).to_iterable_dataset()
     with pytest.raises(CacheError, match=r"A sequence of \d+ tokens is not in the teacher cache"):
         train(teacher_cache=folder, data=stream)
@@ -152,6 +156,22 @@ def test_a_cache_of_another_tokenizer_is_refused(made, train, tokenizer):  # noq
         tokenizer.chat_template = template
 
 
+def test_a_cache_of_more_columns_than_the_student_has_is_refused(made, train, tiny_model):  # noqa: F811
+    folder = made("--top_k", 3)
+    with pytest.raises(CacheError, match="is of 640 columns and the student has 600"):
+        train(teacher_cache=folder, model=tiny_model(vocab_size=600))
+
+
+def test_a_manifest_that_leads_elsewhere_is_refused(made):
+    manifest = Path(made("--top_k", 3)) / "manifest.json"
+    content = json.loads(manifest.read_text())
+    del content["seal"]
+    for change in ({"shards": [{**content["shards"][0], "name": "../other/shard-00000.arrow"}]}, {"settings": {}}):
+        manifest.write_bytes(_sealed({**content, **change}))
+        with pytest.raises(CacheError, match="speaks of"):
+            TeacherCache(manifest.parent)
+
+
 def test_a_second_run_adds_only_what_is_new(made, rows, capfd):
     folder = Path(made("--top_k", 3))
     before = {file.name: file.read_bytes() for file in folder.glob("*.arrow")}
@@ -166,9 +186,10 @@ def test_a_second_run_adds_only_what_is_new(made, rows, capfd):
 
 
 def test_a_dry_run_says_what_it_would_take_and_writes_nothing(made, capfd):
-    folder = made("--dry_run", "true")
+    folder = made("--dry_run", "true", "--output_dir", "trained")
     assert "16 distinct sequences" in capfd.readouterr().out
     assert not Path(folder).exists()
+    assert not Path("trained").exists()
 
 
 def test_other_settings_do_not_touch_a_cache(made, capfd):
@@ -196,6 +217,8 @@ def test_mistakes_are_one_sentence_each(words, said, student_dir, capsys):
 
 
 def test_cache_and_teacher_model_exclude_each_other(train, tiny_model):  # noqa: F811
+    with pytest.raises(ValueError, match="makes the student its own teacher"):
+        train(teacher_ema_decay=0.9, teacher_cache="somewhere", go=False)
     with pytest.raises(ValueError, match="teacher_model and teacher_cache are both given"):
         train(teacher=teacher(tiny_model), teacher_cache="somewhere", go=False)
     args = SimpleNamespace(loss="mine", teacher_cache="somewhere")

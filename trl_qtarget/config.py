@@ -165,7 +165,8 @@ class TargetSFTConfig(SFTConfig):
 def as_target_config(args: Any, model: Any, teacher: Any) -> TargetSFTConfig:
     """The configuration that `args` amounts to: ours as it is, nothing, or a plain one with its own `loss_type`."""
     if isinstance(args, TargetSFTConfig):
-        if args.teacher_ema_decay is not None and (teacher or args.teacher_model_name_or_path) is not None:
+        other = teacher or args.teacher_model_name_or_path or args.teacher_cache
+        if args.teacher_ema_decay is not None and other is not None:
             raise ValueError("teacher_ema_decay makes the student its own teacher, and another is given: drop one.")
         return args
     if args is None:

@@ -26,7 +26,7 @@ from .target import Target
 from .teachers.base import ProjectedLogits, TopKLogits
 from .teachers.loading import base_model, copy_of_initial, load_teacher
 from .teachers.models import FrozenModel, Remembered, evaluating, within_student
-from .teachers.offline import TEACHER_COLUMNS, CachedTeacherCollator, open_cache
+from .teachers.offline import TEACHER_COLUMNS, CachedTeacherCollator, by_name, open_cache
 from .teachers.vocab import Agreement, KnownIds, common_columns
 
 
@@ -142,10 +142,11 @@ class TargetSFTTrainer(SFTTrainer):
     def _use_cache(self) -> None:
         if self._is_vision_dataset:
             raise ValueError("A teacher cache holds sequences of text: for images pass teacher_model_name_or_path.")
-        evaluated = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
         columns = len(base_model(self.model).get_output_embeddings().weight)
-        cache = open_cache(self.args, self._tokenizer, columns, {"train": self.train_dataset, **evaluated})
-        self._columns = cache.settings.vocab_size if cache.settings.vocab_size < columns else None
+        cache = open_cache(self.args, self._tokenizer, columns, by_name(self.train_dataset, self.eval_dataset))
+        made = cache.settings
+        self.accelerator.print(f"Teacher: {made.teacher}, {made.k} ids a label from {len(cache)} cached sequences")
+        self._columns = made.vocab_size if made.vocab_size < columns else None
         self.data_collator = CachedTeacherCollator(self.data_collator, cache)
 
     def _common_columns(self, teacher: Any) -> int | None:

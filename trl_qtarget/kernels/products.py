@@ -70,10 +70,14 @@ def project(hidden: Tensor, head: Head, out: Tensor) -> Tensor:  # (n, D), head,
 
 def hidden_gradient(gradient: Tensor, weight: Tensor, out: Tensor) -> None:  # (n, V), (V, D), (n, D) wide -> out
     """Write `G W` into `out`, without the head's scale, which the caller folds into the last multiplication."""
-    boost = FP16_GRADIENT_SCALE if weight.dtype == torch.float16 else 1.0
-    multiply((gradient * boost if boost != 1 else gradient).to(weight.dtype), weight, out)
-    if boost != 1:
+    if weight.dtype != torch.float16:
+        multiply(gradient.to(weight.dtype), weight, out)
+    elif gradient.is_cuda:
+        boost = FP16_GRADIENT_SCALE / gradient.abs().amax().clamp(min=1)  # a large weight must not overflow either
+        multiply((gradient * boost).half(), weight, out)
         out.div_(boost)
+    else:
+        torch.mm(gradient, weight.to(gradient.dtype), out=out)  # its float16 products would round to float16
 
 
 def add_weight_gradient(

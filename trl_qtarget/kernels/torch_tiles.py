@@ -48,8 +48,11 @@ def rows(
 
 
 def cap_(z: Tensor, softcap: float | None) -> Tensor:
-    """`softcap * tanh(z / softcap)`, in place."""
-    return z if softcap is None else z.div_(softcap).tanh_().mul_(softcap)
+    """`softcap * tanh(z / softcap)`, in place; a column that is out (-inf) stays out."""
+    if softcap is None:
+        return z
+    out = z == -torch.inf
+    return z.div_(softcap).tanh_().mul_(softcap).masked_fill_(out, -torch.inf)
 
 
 def pick(x: Tensor, ids: Tensor) -> Tensor:  # (r, V), (r,) -> (r,)
@@ -143,7 +146,8 @@ class StudentRows:
         """d softcap(x) / dx from its result, read before the gradient takes the logits' place."""
         if self.softcap is None:
             return None
-        return (self.z + self.max[:, None]).div_(self.softcap).square_().neg_().add_(1)
+        capped = (self.z + self.max[:, None]).clamp_(min=-self.softcap)  # below are columns that are out
+        return capped.div_(self.softcap).square_().neg_().add_(1)
 
     def _subtract_label(self, label_weight: Tensor) -> None:
         self.z.scatter_add_(-1, self.labels[:, None], -label_weight[:, None])

@@ -188,18 +188,19 @@ class TritonRows:
             "num_warps": NUM_WARPS,
         }
 
-    def _scalars(self) -> tuple:
-        n, V = self.z.shape
+    def _scalars(self, n: int) -> tuple:
         exponents = float(self.residual.student), float(self.residual.teacher)
-        return self.z.stride(0), self.t.stride(0), n, V, *exponents, float(self.softcap or 1.0)
+        return self.z.stride(0), self.t.stride(0), n, self.z.shape[-1], *exponents, float(self.softcap or 1.0)
 
     def _read(self) -> None:
         n = len(self.z)
-        out = torch.empty(STATISTICS, n, dtype=torch.float32, device=self.z.device)
+        aligned = -(-n // 4) * 4  # rows that begin at 16 bytes: Triton compiles anew for pointers that do not
+        out = torch.empty(STATISTICS, aligned, dtype=torch.float32, device=self.z.device)
         if n:
-            statistics_kernel[(n,)](self.z, self.t, self.labels, out, *self._scalars(), **self._flags())
-        self.max, self.sum, self.dot, self.squares, self.z_y = out[:5]
-        self.pool_max, self.pool_sum, self.pool_z, self.pool_dot = out[5:]
+            with torch.cuda.device_of(self.z):
+                statistics_kernel[(n,)](self.z, self.t, self.labels, out, *self._scalars(aligned), **self._flags())
+        self.max, self.sum, self.dot, self.squares, self.z_y = out[:5, :n]
+        self.pool_max, self.pool_sum, self.pool_z, self.pool_dot = out[5:, :n]
 
     @property
     def is_top1(self) -> Tensor:
@@ -257,10 +258,11 @@ class TritonRows:
         blocks = triton.cdiv(V, flags["BLOCK_V"])
         norms = torch.empty(blocks, n, dtype=torch.float32, device=self.z.device)
         if n:
-            gradient_kernel[(n, blocks)](
-                self.z, out, self.t, self.labels, self.max, self.sum, self.pool_max, self.pool_sum,
-                student_weight, label_weight, pool_weight, norms, out.stride(0), *self._scalars(), **flags,
-            )  # fmt: skip
+            with torch.cuda.device_of(self.z):
+                gradient_kernel[(n, blocks)](
+                    self.z, out, self.t, self.labels, self.max, self.sum, self.pool_max, self.pool_sum,
+                    student_weight, label_weight, pool_weight, norms, out.stride(0), *self._scalars(n), **flags,
+                )  # fmt: skip
         return norms.sum(0)
 
 

@@ -20,11 +20,13 @@ code. What is there already is not scored again.
 """
 
 import random
+import tempfile
 import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from trl_qtarget.scripts.launching import accelerate_configs, make_launcher
@@ -34,6 +36,7 @@ from trl_qtarget.scripts.sft import load_splits
 
 
 PROG = "trl-qtarget cache"
+MANIFEST = "manifest.json"  # as teachers.shards has it, which would load much for a name
 TRIAL_BATCHES = 3  # that a dry run times
 VERIFY_TOLERANCE = 0.05  # nats: what half precision and other padding may change
 
@@ -51,7 +54,10 @@ class CacheArguments:
         },
     )
     batch_tokens: int = field(default=8192, metadata={"help": "Tokens of one forward pass, padding included."})
-    shard_tokens: int = field(default=2**20, metadata={"help": "Labels of one file."})
+    shard_tokens: int = field(
+        default=2**15,
+        metadata={"help": "Labels of one file: what a process does at a time, and what a killed run loses."},
+    )
     dry_run: bool = field(default=False, metadata={"help": "Say what it would take, and write nothing."})
     verify: int = field(default=0, metadata={"help": "Score that many rows of the cache again, and compare."})
 
@@ -91,6 +97,9 @@ def mistakes(script_args, training_args, model_args, dataset_args, cache_args) -
         "teacher_cache, the folder to write": training_args.teacher_cache or (cache_args.dry_run or None),
     }
     found += [f"nothing is given for --{option}" for option, value in needed.items() if value is None]
+    folder = Path(training_args.teacher_cache or "")
+    if training_args.teacher_cache and folder.is_dir() and any(folder.iterdir()) and not (folder / MANIFEST).is_file():
+        found.append(f"teacher_cache: {folder} is not empty and no teacher cache: choose another folder")
     if not dataset_args.datasets and script_args.dataset_name is None:
         found.append("no data: pass --dataset_name, or list `datasets` in the YAML file")
     return found
@@ -100,11 +109,13 @@ class Scorer:
     """A teacher, and the rows that a student's trainer would make of the data."""
 
     def __init__(self, script_args, training_args, model_args, dataset_args, cache_args):
+        from datasets import Dataset
         from transformers import AutoConfig, AutoTokenizer
 
         from trl_qtarget import TargetSFTTrainer
         from trl_qtarget.checks import compare_tokenizers
         from trl_qtarget.teachers.loading import base_model, load_teacher
+        from trl_qtarget.teachers.offline import by_name
         from trl_qtarget.teachers.vocab import KnownIds, common_columns
 
         self.args, self.options = training_args, cache_args
@@ -134,25 +145,24 @@ class Scorer:
             teacher, training_args, train_dataset=train, eval_dataset=evaluation, processing_class=tokenizer
         )
         self.tokenizer, self.accelerator = trainer._tokenizer, trainer.accelerator
-        self.model = base_model(trainer.model).eval()
-        evaluated = trainer.eval_dataset if isinstance(trainer.eval_dataset, dict) else {"eval": trainer.eval_dataset}
-        self.datasets = {name: x for name, x in {"train": trainer.train_dataset, **evaluated}.items() if x is not None}
+        self.model = base_model(trainer.model).to(self.accelerator.device).eval()
+        # a stream is read once
+        self.datasets = {
+            name: dataset if isinstance(dataset, Dataset) else Dataset.from_list(list(dataset))
+            for name, dataset in by_name(trainer.train_dataset, trainer.eval_dataset).items()
+        }
         self.accelerator.print(report)
         known = KnownIds(None, {"labels": self.columns, "input_ids": theirs}, tokenizer)
-        known.scan("train", trainer.train_dataset)
-        known.scan("eval", trainer.eval_dataset)
+        for name, dataset in self.datasets.items():
+            known.scan(name, dataset)
         self.rows = self._index()
 
     def _index(self) -> dict[str, tuple[str, int, int, int, int]]:
         """(dataset, row, part, tokens, labels) of every distinct sequence, by its key."""
-        from datasets import Dataset
-
         from trl_qtarget.teachers.offline import indexed
 
         found = {}
         for name, dataset in self.datasets.items():
-            if not isinstance(dataset, Dataset):  # a stream is read once
-                dataset = self.datasets[name] = Dataset.from_list(list(dataset))
             for key, row, part, sequence in indexed(dataset, name, disable=not self.accelerator.is_main_process):
                 found.setdefault(key, (name, row, part, len(sequence.ids), sequence.labels))
         return found
@@ -229,7 +239,8 @@ def dry_run(scorer: Scorer) -> None:
         scorer.score(batch)
     rate = sum(scorer.rows[key][3] for batch in some for key in batch) / (time.perf_counter() - start)
     width = {"float16": 6, "float32": 8}[scorer.dtype()] * scorer.k + 12
-    processes = scorer.accelerator.num_processes
+    # a process does whole files
+    processes = min(scorer.accelerator.num_processes, -(-labels // scorer.options.shard_tokens))
     scorer.accelerator.print(
         f"{len(scorer.rows)} distinct sequences, {tokens} tokens, {labels} labels; "
         f"about {labels * width / 2**20:.1f} MiB at {width} bytes a label; "
@@ -274,16 +285,18 @@ def verify(scorer: Scorer) -> None:
     from trl_qtarget.teachers.cache import TeacherCache, readable
 
     cache = TeacherCache(scorer.folder)
-    keys = random.Random(0).sample(sorted(scorer.rows), min(scorer.options.verify, len(scorer.rows)))
+    keys = random.sample(sorted(scorer.rows), min(scorer.options.verify, len(scorer.rows)))
     worst = moved = 0.0
     for key in keys:
         (again,), kept = scorer.score([key]), cache[key]
         worst = max(worst, float(np.abs(again.log_p_y - kept.log_p_y).max()))
         (ids, ours), (kept_ids, theirs) = readable(again), readable(kept)
         for row in range(len(ids)):
-            old = dict(zip(kept_ids[row].tolist(), theirs[row].tolist(), strict=True))
-            pairs = [(p, old[i]) for i, p in zip(ids[row].tolist(), ours[row].tolist(), strict=True) if i in old]
-            moved = max(moved, 0.5 * float(np.abs(np.diff(np.exp(pairs), axis=-1)).sum()))
+            new, old = (
+                dict(zip(i[row].tolist(), np.exp(p[row]).tolist(), strict=True))
+                for i, p in ((ids, ours), (kept_ids, theirs))
+            )
+            moved = max(moved, 0.5 * sum(abs(new.get(i, 0) - old.get(i, 0)) for i in new.keys() | old.keys()))
     print(f"{len(keys)} rows scored again: log p(y) differs by at most {worst:.1e} nats, the mass by {moved:.1e}")
     if max(worst, moved) > VERIFY_TOLERANCE:
         fail(PROG, f"the cache {scorer.folder} is not what this teacher says: make it in another folder", code=1)
@@ -296,16 +309,18 @@ def run() -> None:
     found = mistakes(*parsed.values)
     if found:
         fail(PROG, *found)
-    try:
-        scorer = Scorer(*parsed.values)
-        if scorer.options.dry_run:
-            dry_run(scorer)
-            return
-        fill(scorer)
-    except (ValueError, OSError) as mistake:
-        fail(PROG, mistake)
-    if scorer.options.verify and scorer.accelerator.is_main_process:
-        verify(scorer)
+    with tempfile.TemporaryDirectory() as unused:  # a trainer makes its output folder
+        parsed.values[1].output_dir = unused
+        try:
+            scorer = Scorer(*parsed.values)
+            if scorer.options.dry_run:
+                dry_run(scorer)
+                return
+            fill(scorer)
+        except (ValueError, OSError) as mistake:
+            fail(PROG, mistake)
+        if scorer.options.verify and scorer.accelerator.is_main_process:
+            verify(scorer)
 
 
 if __name__ == "__main__":

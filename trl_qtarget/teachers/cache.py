@@ -143,7 +143,8 @@ class CacheWriter:
                 path.unlink()
 
     def _require_same(self, theirs: dict[str, Any]) -> None:
-        ours = asdict(self.settings)
+        # a fingerprint says more than a path, which may be spelt in two ways
+        ours = {k: v for k, v in asdict(self.settings).items() if k not in ("teacher", "teacher_revision")}
         if differing := [f"{k}={theirs.get(k)!r} and not {v!r}" for k, v in ours.items() if theirs.get(k) != v]:
             raise CacheError(
                 f"The cache in {self.folder} was made with {', '.join(differing)}: choose another folder, or make "

@@ -31,6 +31,7 @@ Top-{k} log-probabilities of `{teacher}`{revision} at every label of {rows:,} ro
 
 ```bash
 trl-qtarget sft --teacher_cache FOLDER_OR_HUB_ID
+hf upload OWNER/NAME FOLDER . --repo-type dataset
 ```
 
 A row is found by its `key`, a hash of its token ids and of which of them are labels, so the run must prepare its data

@@ -80,6 +80,13 @@ def places(batch: Mapping[str, Any]) -> Iterator[tuple[int, int, TokenSequence]]
                 yield row, start, sequence
 
 
+def by_name(train: Any, evaluation: Any) -> dict[str, Any]:
+    """The datasets of a trainer that are there; an evaluation set may have any name, "train" too."""
+    several = evaluation if isinstance(evaluation, dict) else {"": evaluation}
+    named = {"train": train, **{f"eval {name}".strip(): dataset for name, dataset in several.items()}}
+    return {name: dataset for name, dataset in named.items() if dataset is not None}
+
+
 def indexed(dataset: Any, name: str, disable: bool = False) -> Iterator[tuple[str, int, int, TokenSequence]]:
     """(key, row, number in the row, sequence) of all sequences of a prepared dataset."""
     columns = [column for column in ("input_ids", "labels", "seq_lengths") if column in dataset.column_names]
@@ -106,13 +113,17 @@ def open_cache(args: Any, tokenizer: Any, student_columns: int, datasets: Mappin
             f"{student_columns}: make it again with this student's recipe."
         )
     for name, dataset in datasets.items():
-        if dataset is None or isinstance(dataset, IterableDataset):
+        if isinstance(dataset, IterableDataset):
             continue  # a stream's missing row is found when it comes
         keys = [key for key, *_ in indexed(dataset, name, disable=not main or len(dataset) < LARGE)]
         if missing := cache.missing(keys):
+            cache.check(max_length=args.max_length)  # which is then the reason
+            made = cache.settings
             raise CacheError(
                 f"{len(missing)} of the {len(set(keys))} distinct sequences of the {name} dataset are not in the "
-                f"cache {args.teacher_cache}: run the `trl-qtarget cache` of this recipe again, it adds just those."
+                f"cache {args.teacher_cache}. This adds just those, with the recipe in front: trl-qtarget cache "
+                f"--config RECIPE --teacher_model_name_or_path {made.teacher} --top_k {made.k} "
+                f"--cache_dtype {made.dtype} --teacher_cache {args.teacher_cache}"
             )
     return cache
 
@@ -148,7 +159,10 @@ class CachedTeacherCollator:
 
     def _find(self, sequence: TokenSequence) -> Entry:
         try:
-            return self.cache[sequence.key]
+            entry = self.cache[sequence.key]
+            if not 0 <= entry.ids.min() <= entry.ids.max() < self.cache.settings.vocab_size:
+                raise CacheError(f"The teacher cache {self.cache.folder} holds ids that are no tokens: make it again.")
+            return entry
         except KeyError:
             raise CacheError(
                 f"A sequence of {len(sequence.ids)} tokens is not in the teacher cache: run the `trl-qtarget cache` "

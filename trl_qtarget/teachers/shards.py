@@ -6,9 +6,10 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -19,6 +20,7 @@ from tqdm import tqdm
 
 FORMAT = "trl_qtarget teacher cache, version 1"
 MANIFEST = "manifest.json"
+SHARD = re.compile(r"shard-\d{5,}\.arrow")
 LARGE = 10**9  # bytes whose check is worth a progress bar
 
 
@@ -161,6 +163,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     content = unsealed(folder / MANIFEST)
     if content.get("format") != FORMAT:
         raise CacheError(f"{folder / MANIFEST} is not of the format {FORMAT!r}: take the trl-qtarget that wrote it.")
+    strange = set(content["settings"]) ^ {field.name for field in fields(Settings)}
+    # names that lead out of the folder come from nobody's writer
+    strange |= {shard["name"] for shard in content["shards"] if not SHARD.fullmatch(shard["name"])}
+    if strange:
+        raise CacheError(f"{folder / MANIFEST} speaks of {sorted(strange)[0]!r}: take the trl-qtarget that wrote it.")
     return content
 
 
