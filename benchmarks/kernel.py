@@ -59,8 +59,8 @@ def whole(names: list[str], turns: int, gpu: bool) -> list[Series]:
     backs = [] if gpu else [(small, turns), (large, 1)]
     return [
         *(Series("table, memory handed back", n, [V], compared, t, keeps_memory=False) for n, t in backs),
-        Series("table", small, [V], names, turns, names),
-        Series("table", large, [V], names, turns - 1, names),
+        Series("table", small, [V], names, turns),
+        Series("table", large, [V], names, turns - 1, growing),
         Series("memory", [2048], [V], [], 0, [x for x in ("dft", "target_sft dense", "plain logits") if x in names]),
         Series("tokens", [256, 1024], [32_768], growing, turns, growing),
         Series("tokens", [4096], [32_768], growing, 1, growing),
@@ -155,7 +155,7 @@ def compare(series: Series, n: int, V: int, args: argparse.Namespace) -> list[di
     with ThreadPoolExecutor(2) as pool:
         measured = series.memory if args.memory else []
         peaks = dict(zip(measured, pool.map(lambda name: peak(name, n, V, args), measured), strict=True))
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name in seconds or peaks:
         taught = "dense" in name or name in ("4 products", "TRL divergence", "Liger JSD")
         floor, trl = ("4 products", "TRL divergence") if taught else ("3 products", "TRL nll")
@@ -206,9 +206,12 @@ def main() -> None:
     chosen = whole(names, args.turns, args.device == "cuda")
     if args.tokens:
         chosen = [Series("table", args.tokens, args.vocab, names, args.turns, names)]
-    rows = [row for s in chosen for V in s.vocab for n in s.tokens for row in compare(s, n, V, args)]
+    rows: list[dict[str, Any]] = []
+    for series in chosen:
+        rows += [row for V in series.vocab for n in series.tokens for row in compare(series, n, V, args)]
+        if not args.tokens:  # as it goes, so that an interrupted run has not been for nothing
+            path = save(f"kernel_{args.device}", rows, facts)
     if not args.tokens:
-        path = save(f"kernel_{args.device}", rows, facts)
         console.print(f"Written to {path} and {plot.growth(path)}.")
 
 
