@@ -60,12 +60,12 @@ def whole(names: list[str], turns: int, gpu: bool) -> list[Series]:
     return [
         *(Series("table, memory handed back", n, [V], compared, t, keeps_memory=False) for n, t in backs),
         Series("table", small, [V], names, turns),
-        Series("table", large, [V], names, turns - 1, growing),
+        Series("table", large, [V], compared, turns - 1, growing),
         Series("memory", [2048], [V], [], 0, [x for x in ("dft", "target_sft dense", "plain logits") if x in names]),
         Series("tokens", [256, 1024], [32_768], growing, turns, growing),
-        Series("tokens", [4096], [32_768], growing, 1, growing),
+        Series("tokens", [4096], [32_768], growing, 1, [*far, *(name for name in growing if name == "TRL nll")]),
         Series("tokens", [8192], [32_768], growing if gpu else far, 1, growing if gpu else far),
-        Series("vocabulary", [256], [32_768, 65_536, 131_072, 262_144], growing, turns - 1, far),
+        Series("vocabulary", [256], [32_768, 65_536, 131_072, 262_144], growing, turns - 1),
     ]
 
 
