@@ -273,7 +273,7 @@ def fill(scorer: Scorer) -> None:
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         writer.commit({name: version(name) for name in ("trl-qtarget", "transformers", "torch")})
-        rows = sum(len(shard.keys) for shard in shards)
+        rows = sum(len(shard.keys) for shard in shards if not shard.done)
         print(f"{scorer.folder}: {rows} sequences scored, {len(scorer.rows)} of this recipe are there")
     accelerator.wait_for_everyone()
 
