@@ -414,6 +414,13 @@ def test_print_config(recipe, launched, capsys):
     assert "warmup_steps" not in shown
 
 
+def test_print_config_of_a_cache(recipe, launched, capsys):
+    assert main(["cache", "--config", recipe(), "--print_config", "--top_k", "8"]) == 0
+    shown = capsys.readouterr().out
+    assert not launched
+    assert re.search(r"top_k +8 +command line", shown)
+
+
 # The launch
 
 

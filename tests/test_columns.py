@@ -1,6 +1,7 @@
 """Token columns: one number beside each token, through everything that cuts, packs, pads and streams tokens."""
 
 import math
+import pickle
 
 import pytest
 import torch
@@ -237,7 +238,7 @@ def test_a_given_trust_is_the_specified_one(name):
     labels, trust = torch.randint(13, (9,)), torch.rand(9).double()
     labels[2], trust[4:6] = -100, math.nan
     hidden.requires_grad_()
-    taught = {"teacher": ProjectedLogits(hidden.detach(), other)} if build(name).needs_teacher_logits else {}
+    taught = {"teacher": ProjectedLogits(hidden.detach(), other)} if build(name).reads_logits() else {}
     out = qtarget_loss(hidden, weight, labels, build(name), trust=trust, **taught)
     (ours,) = torch.autograd.grad(out.loss, hidden)
     logits = {"teacher_logits": hidden.detach() @ other.T} if taught else {}
@@ -324,6 +325,15 @@ def test_packed_trajectories_are_the_rows(train, tokenized, loss):
 def test_wrapped_packing_hides_where_trajectories_begin(train, tokenized):
     with pytest.raises(ValueError, match="cannot tell trajectories apart"):
         train(tokenized(), loss="iw_sft", packing_strategy="wrapped", **PACKED, go=False)
+
+
+def test_a_collator_reaches_workers_that_are_spawned(tokenizer):
+    inner = DataCollatorForLanguageModeling(pad_token_id=tokenizer.pad_token_id)
+    sent = pickle.loads(pickle.dumps(data.TokenColumnCollator(inner)))
+    assert sent.pad_token_id == tokenizer.pad_token_id
+    rows = [{"input_ids": [5, 6], "labels": [5, 6], "trust": 0.25}, {"input_ids": [7], "labels": [7], "trust": 1}]
+    batch = sent(rows)
+    assert batch["trust"].tolist() == [[0.25, 0], [0, 0]]
 
 
 def test_every_column_is_documented_by_name():

@@ -52,35 +52,16 @@ def main(argv: list[str] | None = None) -> int:
 
 def sft(argv: list[str]) -> int:
     """Run the SFT training script, with --loss and a teacher"""
-    from .scripts import launching, settings
     from .scripts import sft as script
-    from .scripts.parsing import fail
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the script itself will say them
-        parsed = script.make_parser(prog=f"{PROG} sft").parse(argv)
-    if parsed.options.print_config:
-        settings.show(parsed, script.loss_settings(parsed))
-        return 0
-    found = script.mistakes(*parsed.values)
-    if found:
-        fail(f"{PROG} sft", *found)
-    return launching.launch(script.__name__, parsed.own, parsed.launch, f"{PROG} sft")
+    return _launch(script, f"{PROG} sft", argv)
 
 
 def cache(argv: list[str]) -> int:
     """Score a teacher once on the rows of a recipe, for --teacher_cache"""
     from .scripts import cache as script
-    from .scripts import launching
-    from .scripts.parsing import fail
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the script itself will say them
-        parsed = script.make_parser(prog=f"{PROG} cache").parse(argv)
-    found = script.mistakes(*parsed.values)
-    if found:
-        fail(f"{PROG} cache", *found)
-    return launching.launch(script.__name__, parsed.own, parsed.launch, f"{PROG} cache")
+    return _launch(script, f"{PROG} cache", argv)
 
 
 def evaluate(argv: list[str]) -> int:
@@ -105,6 +86,23 @@ def losses(argv: list[str]) -> int:
 
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {"sft": sft, "cache": cache, "losses": losses, "eval": evaluate}
+
+
+def _launch(script: Any, prog: str, argv: list[str]) -> int:
+    """Understand a command line, say what is wrong with it, and run `script` under accelerate's launcher."""
+    from .scripts import launching, settings
+    from .scripts.parsing import fail
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the script itself will say them
+        parsed = script.make_parser(prog=prog).parse(argv)
+    if parsed.options.print_config:
+        settings.show(parsed, settings.of_loss(parsed))
+        return 0
+    found = script.mistakes(*parsed.values)
+    if found:
+        fail(prog, *found)
+    return launching.launch(script.__name__, parsed.own, parsed.launch, prog)
 
 
 def _commands_of_trl() -> dict[str, str]:

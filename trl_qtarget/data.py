@@ -123,17 +123,23 @@ def _numbers(given: Any, name: str, tokens: int) -> np.ndarray:  # (tokens,)
     return x
 
 
-class TokenColumnCollator:
-    """Wraps a collator: adds the token columns of the rows, padded or flattened as its input ids are.
-
-    Each number goes where its token is predicted, one position to the left.
-    """
+class WrappedCollator:
+    """A collator around another one, whose attributes are found, and configured, through it."""
 
     def __init__(self, collator: Any):
         self.collator = collator
 
-    def __getattr__(self, name: str) -> Any:  # whoever configures the wrapped collator finds it here
-        return getattr(self.__dict__["collator"], name)
+    def __getattr__(self, name: str) -> Any:
+        if name == "collator" or name.startswith("__"):  # unpickled, it is asked for these before it has any attribute
+            raise AttributeError(name)
+        return getattr(self.collator, name)
+
+
+class TokenColumnCollator(WrappedCollator):
+    """Adds the token columns of the rows, padded or flattened as its input ids are.
+
+    Each number goes where its token is predicted, one position to the left.
+    """
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         batch = self.collator(examples)

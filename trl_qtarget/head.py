@@ -226,7 +226,7 @@ class Scorer:
         if t is None:
             return None
         if isinstance(t, TopKLogits):
-            return TopKLogits(t.ids.flatten(0, 1).long(), t.log_probs.flatten(0, 1))
+            return TopKLogits(t.ids.flatten(0, 1), t.log_probs.flatten(0, 1))
         head = t.head if self.columns is None else t.head.first(self.columns)
         bias = None if head.bias is None else head.bias.to(device)
         hidden = t.hidden.flatten(0, 1).to(device)

@@ -157,7 +157,7 @@ def _take(job: Job, keep: Tensor) -> Job:
 def _only_what_is_needed(job: Job) -> Job:
     """Drop a teacher and trajectories that the target does not read, and number the others from zero."""
     reads_label = {"reference_log_p_y", "snapshot"} & set(job.target.needs) and job.reference_log_p_y is None
-    teacher = job.teacher if job.target.needs_teacher_logits or reads_label else None
+    teacher = job.teacher if job.target.reads_logits() or reads_label else None
     if isinstance(teacher, ProjectedLogits):
         dtype = teacher.weight.dtype
         teacher = replace(teacher, hidden=teacher.hidden.detach().to(dtype), weight=teacher.weight.detach())

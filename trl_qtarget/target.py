@@ -164,13 +164,8 @@ class Target:
         if self.residual.teacher != 0 and not {"teacher", "reference"} & set(self.needs):
             object.__setattr__(self, "needs", (*self.needs, "teacher"))
 
-    @property
-    def needs_teacher_logits(self) -> bool:
-        """Whether a second model's whole distribution is wanted, be it a teacher's or a reference's."""
-        return self.reads_logits()
-
     def reads_logits(self, columns: Collection[str] = ()) -> bool:
-        """Whether a second model's whole distribution is wanted beside these columns of the data."""
+        """Whether a second model's whole distribution, of teacher or reference, is wanted beside these columns."""
         return bool({"teacher", "reference", "reference_mass"} & set(self.needs) - set(columns))
 
     def reads_model(self, columns: Collection[str] = ()) -> bool:

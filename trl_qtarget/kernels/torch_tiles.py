@@ -76,7 +76,29 @@ def rank_mass(logits: Tensor, labels: Tensor) -> Tensor:  # (r, V), (r,) -> (r,)
     return q.mul_(q < q_y[:, None]).sum(-1) + q_y
 
 
-class StudentRows:
+class RowStatistics:
+    """What rows of any kind derive in the same way: from `sum`, `dot` and `log_sum`, and from a dense teacher."""
+
+    labels: Tensor  # (r,)
+    teacher: Any  # (r, V) logits, where a loss reads its statistics
+    sum: Tensor  # (r,) sum_v e(v) with e = exp(z - max z), its log, and sum_v e(v) z(v)
+    log_sum: Tensor
+    dot: Tensor
+
+    @cached_property
+    def entropy(self) -> Tensor:
+        return (self.log_sum - self.dot / self.sum).clamp(min=0)
+
+    @property
+    def teacher_log_p_y(self) -> Tensor:
+        return log_prob(self.teacher, self.labels)
+
+    @property
+    def teacher_mass(self) -> Tensor:
+        return rank_mass(self.teacher, self.labels)
+
+
+class StudentRows(RowStatistics):
     """Rows whose residual is the student itself: it pulls nowhere, and the gradient is `w_y * (p - delta_y)`."""
 
     def __init__(self, z: Tensor, labels: Tensor, softcap: float | None, teacher: Any):
@@ -99,23 +121,11 @@ class StudentRows:
         return self.e.sum(-1), torch.linalg.vecdot(self.e, self.z)
 
     @cached_property
-    def entropy(self) -> Tensor:
-        return (self.log_sum - self.dot / self.sum).clamp(min=0)
-
-    @cached_property
     def collision(self) -> Tensor:
         return torch.linalg.vecdot(self.e, self.e) / self.sum**2
 
     def top_evenness(self, k: int) -> Tensor:
         return evenness(self.z.topk(min(k, self.z.shape[-1])).values)
-
-    @property
-    def teacher_log_p_y(self) -> Tensor:
-        return log_prob(self.teacher, self.labels)
-
-    @property
-    def teacher_mass(self) -> Tensor:
-        return rank_mass(self.teacher, self.labels)
 
     @property
     def residual_log_p_y(self) -> Tensor:

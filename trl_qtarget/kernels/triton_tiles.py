@@ -22,7 +22,7 @@ from torch import Tensor
 from ..target import STUDENT, Residual
 from . import torch_tiles
 from .sparse import SparsePool, SparseStatistics
-from .torch_tiles import BELOW_ALL, cap_, pick
+from .torch_tiles import BELOW_ALL, RowStatistics, cap_, pick
 
 
 __all__ = ["block_rows", "cap_", "rows"]
@@ -167,7 +167,7 @@ def rows(
     return kind(z, labels, residual, teacher, softcap)
 
 
-class TritonRows:
+class TritonRows(RowStatistics):
     """Rows whose residual is the student, or a pool over the whole vocabulary."""
 
     def __init__(self, z: Tensor, labels: Tensor, residual: Residual, teacher, softcap: float | None):
@@ -206,10 +206,6 @@ class TritonRows:
     def is_top1(self) -> Tensor:
         return self.z_y == self.max
 
-    @cached_property
-    def entropy(self) -> Tensor:
-        return (self.log_sum - self.dot / self.sum).clamp(min=0)
-
     @property
     def collision(self) -> Tensor:
         return self.squares / self.sum**2
@@ -217,14 +213,6 @@ class TritonRows:
     def top_evenness(self, k: int) -> Tensor:
         # the cap keeps the order, so only the top logits need it
         return torch_tiles.evenness(cap_(self.z.topk(min(k, self.z.shape[-1])).values, self.softcap))
-
-    @property
-    def teacher_log_p_y(self) -> Tensor:
-        return torch_tiles.log_prob(self.teacher, self.labels)
-
-    @property
-    def teacher_mass(self) -> Tensor:
-        return torch_tiles.rank_mass(self.teacher, self.labels)
 
     @cached_property
     def residual_log_p_y(self) -> Tensor:

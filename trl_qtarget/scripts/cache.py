@@ -19,26 +19,18 @@ The recipe is that of the training: its data, tokenizer, template and truncation
 code. What is there already is not scored again.
 """
 
-import random
 import tempfile
-import time
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
-from trl_qtarget.scripts.launching import accelerate_configs, make_launcher
+from trl_qtarget.scripts import sft
 from trl_qtarget.scripts.parsing import StrictParser, fail
-from trl_qtarget.scripts.preflight import no_model
-from trl_qtarget.scripts.sft import load_splits
+from trl_qtarget.scripts.preflight import no_data, no_model
 
 
 PROG = "trl-qtarget cache"
 MANIFEST = "manifest.json"  # as teachers.shards has it, which would load much for a name
-TRIAL_BATCHES = 3  # that a dry run times
-VERIFY_TOLERANCE = 0.05  # nats: what half precision and other padding may change
 
 
 @dataclass
@@ -70,18 +62,7 @@ class CacheArguments:
 
 
 def make_parser(prog: str | None = None) -> StrictParser:
-    from trl import DatasetMixtureConfig, ModelConfig
-
-    from trl_qtarget import TargetSFTConfig
-    from trl_qtarget.scripts.sft import SFTScriptArguments
-
-    return StrictParser(
-        (SFTScriptArguments, TargetSFTConfig, ModelConfig, DatasetMixtureConfig, CacheArguments),
-        launcher=make_launcher(),
-        prog=prog or PROG,
-        epilog="Options of `accelerate launch` (see its --help) are options here too, in YAML as well, "
-        f"and --accelerate_config with a file or one of {', '.join(accelerate_configs())}.",
-    )
+    return sft.make_parser(prog=prog or PROG, more=(CacheArguments,))
 
 
 def mistakes(script_args, training_args, model_args, dataset_args, cache_args) -> list[str]:
@@ -100,206 +81,7 @@ def mistakes(script_args, training_args, model_args, dataset_args, cache_args) -
     folder = Path(training_args.teacher_cache or "")
     if training_args.teacher_cache and folder.is_dir() and any(folder.iterdir()) and not (folder / MANIFEST).is_file():
         found.append(f"teacher_cache: {folder} is not empty and no teacher cache: choose another folder")
-    if not dataset_args.datasets and script_args.dataset_name is None:
-        found.append("no data: pass --dataset_name, or list `datasets` in the YAML file")
-    return found
-
-
-class Scorer:
-    """A teacher, and the rows that a student's trainer would make of the data."""
-
-    def __init__(self, script_args, training_args, model_args, dataset_args, cache_args):
-        from datasets import Dataset
-        from transformers import AutoConfig, AutoTokenizer
-
-        from trl_qtarget import TargetSFTTrainer
-        from trl_qtarget.checks import compare_tokenizers
-        from trl_qtarget.teachers.loading import base_model, load_teacher
-        from trl_qtarget.teachers.offline import by_name
-        from trl_qtarget.teachers.vocab import KnownIds, common_columns
-
-        self.args, self.options = training_args, cache_args
-        self.name, self.folder = training_args.teacher_model_name_or_path, training_args.teacher_cache
-        trust = {"trust_remote_code": training_args.trust_remote_code}
-        student = model_args.model_name_or_path
-        tokenizer = AutoTokenizer.from_pretrained(student, revision=model_args.model_revision, **trust)
-        teacher = load_teacher(self.name, training_args)
-        columns = AutoConfig.from_pretrained(student, revision=model_args.model_revision, **trust)
-        columns = columns.get_text_config().vocab_size
-        theirs = len(teacher.get_output_embeddings().weight)
-        # the trainer prepares the data as the student's would, and places the model; it has nothing else to do
-        for option in (
-            "loss_kwargs",
-            "teacher_cache",
-            "teacher_ema_decay",
-            "teacher_model_name_or_path",
-            "model_init_kwargs",
-        ):
-            setattr(training_args, option, None)
-        training_args.loss, training_args.push_to_hub, training_args.report_to = "nll", False, []
-        train, evaluation = load_splits(script_args, training_args, dataset_args)
-        agreement = compare_tokenizers(student, self.name, tokenizer, training_args, train)
-        shared, report = common_columns(agreement, len(tokenizer), columns, theirs)
-        self.columns = columns if shared is None else shared
-        trainer = TargetSFTTrainer(
-            teacher, training_args, train_dataset=train, eval_dataset=evaluation, processing_class=tokenizer
-        )
-        self.tokenizer, self.accelerator = trainer._tokenizer, trainer.accelerator
-        self.model = base_model(trainer.model).to(self.accelerator.device).eval()
-        # a stream is read once
-        self.datasets = {
-            name: dataset if isinstance(dataset, Dataset) else Dataset.from_list(list(dataset))
-            for name, dataset in by_name(trainer.train_dataset, trainer.eval_dataset).items()
-        }
-        self.accelerator.print(report)
-        known = KnownIds(None, {"labels": self.columns, "input_ids": theirs}, tokenizer)
-        for name, dataset in self.datasets.items():
-            known.scan(name, dataset)
-        self.rows = self._index()
-
-    def _index(self) -> dict[str, tuple[str, int, int, int, int]]:
-        """(dataset, row, part, tokens, labels) of every distinct sequence, by its key."""
-        from trl_qtarget.teachers.offline import indexed
-
-        found = {}
-        for name, dataset in self.datasets.items():
-            for key, row, part, sequence in indexed(dataset, name, disable=not self.accelerator.is_main_process):
-                found.setdefault(key, (name, row, part, len(sequence.ids), sequence.labels))
-        return found
-
-    def sequence(self, key: str) -> Any:
-        from trl_qtarget.teachers.offline import sequences
-
-        name, row, part, *_ = self.rows[key]
-        return sequences(self.datasets[name][row])[part]
-
-    def score(self, keys: list[str]) -> list:
-        from trl_qtarget.teachers.offline import score
-
-        return score(self.model, [self.sequence(key) for key in keys], self.k, self.columns)
-
-    @property
-    def k(self) -> int:
-        return min(self.options.top_k, self.columns)
-
-    def batches(self, keys: list[str]) -> Iterator[list[str]]:
-        """Keys in their order, as many at a time as `batch_tokens` allows when padded to the longest."""
-        batch: list[str] = []
-        for key in keys:
-            longest = max(self.rows[x][3] for x in (*batch, key))
-            if batch and longest * (len(batch) + 1) > self.options.batch_tokens:
-                yield batch
-                batch = []
-            batch.append(key)
-        if batch:
-            yield batch
-
-    def dtype(self) -> str:
-        """The asked one, or float16 if that moves less than a thousandth of the mass of some rows."""
-        import numpy as np
-
-        from trl_qtarget.teachers.cache import readable
-
-        if self.options.cache_dtype != "auto":
-            return self.options.cache_dtype
-        moved = []
-        for entry in self.score(next(self.batches(sorted(self.rows, key=lambda key: self.rows[key][3:])))):
-            rounded = readable(entry._replace(log_probs=entry.log_probs.astype(np.float16)))[1]
-            moved.append(0.5 * np.abs(np.exp(rounded) - np.exp(readable(entry)[1])).sum(-1))
-        error = float(np.concatenate(moved).mean())
-        self.accelerator.print(f"float16 moves {error:.1e} of the mass of a token")
-        return "float16" if error < 1e-3 else "float32"
-
-    def settings(self) -> Any:
-        from trl_qtarget.teachers.offline import fingerprint, template_fingerprint, tokenizer_fingerprint
-        from trl_qtarget.teachers.shards import Settings
-
-        return Settings(
-            teacher=self.name,
-            teacher_revision=self.args.teacher_model_revision,
-            teacher_fingerprint=fingerprint(self.model),
-            tokenizer_fingerprint=tokenizer_fingerprint(self.tokenizer),
-            template_fingerprint=template_fingerprint(self.tokenizer),
-            vocab_size=self.columns,
-            k=self.k,
-            dtype=self.dtype(),
-            max_length=self.args.max_length,
-        )
-
-
-def dry_run(scorer: Scorer) -> None:
-    """Print what a cache would take, from the rows and the time of a few batches."""
-    tokens, labels = (sum(row[3] for row in scorer.rows.values()), sum(row[4] for row in scorer.rows.values()))
-    keys = sorted(scorer.rows, key=lambda key: scorer.rows[key][3])
-    batches = list(scorer.batches(keys))
-    some = batches[:: max(len(batches) // TRIAL_BATCHES, 1)][:TRIAL_BATCHES]
-    scorer.score(some[0])  # warms up
-    start = time.perf_counter()
-    for batch in some:
-        scorer.score(batch)
-    rate = sum(scorer.rows[key][3] for batch in some for key in batch) / (time.perf_counter() - start)
-    width = {"float16": 6, "float32": 8}[scorer.dtype()] * scorer.k + 12
-    # a process does whole files
-    processes = min(scorer.accelerator.num_processes, -(-labels // scorer.options.shard_tokens))
-    scorer.accelerator.print(
-        f"{len(scorer.rows)} distinct sequences, {tokens} tokens, {labels} labels; "
-        f"about {labels * width / 2**20:.1f} MiB at {width} bytes a label; "
-        f"about {tokens / rate / processes:.0f} s at {rate:.0f} tokens/s on {processes} process(es)"
-    )
-
-
-def fill(scorer: Scorer) -> None:
-    """Score what the cache lacks, each process its part of the shards."""
-    from tqdm import tqdm
-
-    from trl_qtarget.teachers.cache import CacheWriter
-
-    accelerator = scorer.accelerator
-    settings = scorer.settings()
-    with accelerator.main_process_first():
-        writer = CacheWriter(scorer.folder, settings, disable=not accelerator.is_main_process)
-    shards = writer.plan(((key, row[3], row[4]) for key, row in scorer.rows.items()), scorer.options.shard_tokens)
-    accelerator.wait_for_everyone()  # all have planned from the same files
-    mine = [shard for shard in shards[accelerator.process_index :: accelerator.num_processes] if not shard.done]
-    tokens = sum(scorer.rows[key][3] for shard in mine for key in shard.keys)
-    with tqdm(total=tokens, unit=" tokens", desc="Scoring", disable=not accelerator.is_main_process) as bar:
-        for shard in mine:
-            entries = []
-            for batch in scorer.batches(list(shard.keys)):
-                entries += scorer.score(batch)
-                bar.update(sum(scorer.rows[key][3] for key in batch))
-                bar.set_postfix(rows=len(entries), shard=shard.name)
-            writer.write(shard, entries)
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        writer.commit({name: version(name) for name in ("trl-qtarget", "transformers", "torch")})
-        rows = sum(len(shard.keys) for shard in shards if not shard.done)
-        print(f"{scorer.folder}: {rows} sequences scored, {len(scorer.rows)} of this recipe are there")
-    accelerator.wait_for_everyone()
-
-
-def verify(scorer: Scorer) -> None:
-    """Score random rows again, one at a time, and stop with exit code 1 if they differ."""
-    import numpy as np
-
-    from trl_qtarget.teachers.cache import TeacherCache, readable
-
-    cache = TeacherCache(scorer.folder)
-    keys = random.sample(sorted(scorer.rows), min(scorer.options.verify, len(scorer.rows)))
-    worst = moved = 0.0
-    for key in keys:
-        (again,), kept = scorer.score([key]), cache[key]
-        worst = max(worst, float(np.abs(again.log_p_y - kept.log_p_y).max()))
-        (ids, ours), (kept_ids, theirs) = readable(again), readable(kept)
-        for row in range(len(ids)):
-            new, old = (
-                dict(zip(i[row].tolist(), np.exp(p[row]).tolist(), strict=True))
-                for i, p in ((ids, ours), (kept_ids, theirs))
-            )
-            moved = max(moved, 0.5 * sum(abs(new.get(i, 0) - old.get(i, 0)) for i in new.keys() | old.keys()))
-    print(f"{len(keys)} rows scored again: log p(y) differs by at most {worst:.1e} nats, the mass by {moved:.1e}")
-    if max(worst, moved) > VERIFY_TOLERANCE:
-        fail(PROG, f"the cache {scorer.folder} is not what this teacher says: make it in another folder", code=1)
+    return found + no_data(script_args, dataset_args)
 
 
 def run() -> None:
@@ -309,6 +91,8 @@ def run() -> None:
     found = mistakes(*parsed.values)
     if found:
         fail(PROG, *found)
+    from trl_qtarget.scripts.scoring import Scorer, dry_run, fill, verify
+
     with tempfile.TemporaryDirectory() as unused:  # a trainer makes its output folder
         parsed.values[1].output_dir = unused
         try:
@@ -320,7 +104,7 @@ def run() -> None:
         except (ValueError, OSError) as mistake:
             fail(PROG, mistake)
         if scorer.options.verify and scorer.accelerator.is_main_process:
-            verify(scorer)
+            verify(scorer, PROG)
 
 
 if __name__ == "__main__":

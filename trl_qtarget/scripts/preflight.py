@@ -22,8 +22,7 @@ def mistakes(script_args, training_args, model_args, dataset_args) -> list[str]:
         found.append(
             f"loss {training_args.loss!r} needs a teacher: pass --teacher_model_name_or_path, or --teacher_cache"
         )
-    if not dataset_args.datasets and script_args.dataset_name is None:
-        found.append("no data: pass --dataset_name, or list `datasets` in the YAML file")
+    found += no_data(script_args, dataset_args)
     overwrites = any(getattr(args, "overwrite_output_dir", False) for args in (script_args, training_args))
     if checkpoint(training_args) is None and not overwrites and _holds_model(folder):
         found.append(
@@ -37,6 +36,12 @@ def checkpoint(training_args) -> str | bool | None:
     """`resume_from_checkpoint` as `Trainer.train` takes it: the command line has words only."""
     value = training_args.resume_from_checkpoint
     return {"true": True, "false": None, "none": None}.get(str(value).lower(), value)
+
+
+def no_data(script_args, dataset_args) -> list[str]:
+    if dataset_args.datasets or script_args.dataset_name is not None:
+        return []
+    return ["no data: pass --dataset_name, or list `datasets` in the YAML file"]
 
 
 def no_model(option: str, name: str | None) -> list[str]:

@@ -6,6 +6,7 @@ import sys
 from dataclasses import fields
 from typing import Any
 
+from ..registry import find
 from .parsing import Parsed
 
 
@@ -26,6 +27,16 @@ def show(parsed: Parsed, more: dict[str, tuple[Any, str]]) -> None:
         shown = masked(name, value)
         table.add_row(name, shown if isinstance(shown, str) else json.dumps(shown, default=_plain), source)
     Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else 250).print(table)
+
+
+def of_loss(parsed: Parsed) -> dict[str, tuple[Any, str]]:
+    """The loss and its arguments, value and source by name."""
+    training_args = parsed.values[1]
+    given = training_args.loss_kwargs or {}
+    rows = {"loss": (training_args.loss, parsed.sources.get("loss", "default"))}
+    for name, value in (find(training_args.loss).defaults | given).items():
+        rows[f"loss_kwargs.{name}"] = (value, parsed.sources["loss_kwargs"] if name in given else "default")
+    return rows
 
 
 def masked(name: str, value: Any) -> Any:

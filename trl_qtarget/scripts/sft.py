@@ -52,9 +52,8 @@ from typing import Any
 
 from trl import ScriptArguments
 
-from trl_qtarget.registry import find
 from trl_qtarget.scripts.launching import accelerate_configs, make_launcher
-from trl_qtarget.scripts.parsing import Parsed, StrictParser, fail
+from trl_qtarget.scripts.parsing import StrictParser, fail
 from trl_qtarget.scripts.preflight import checkpoint, mistakes
 
 
@@ -141,24 +140,17 @@ def _split(data: Any, option: str, script_args) -> Any:
     return data[name]
 
 
-def loss_settings(parsed: Parsed) -> dict[str, tuple[Any, str]]:
-    """The loss and its arguments for `--print_config`: value and source by name."""
-    training_args = parsed.values[1]
-    given = training_args.loss_kwargs or {}
-    rows = {"loss": (training_args.loss, parsed.sources.get("loss", "default"))}
-    for name, value in (find(training_args.loss).defaults | given).items():
-        rows[f"loss_kwargs.{name}"] = (value, parsed.sources["loss_kwargs"] if name in given else "default")
-    return rows
-
-
-def make_parser(subparsers: argparse._SubParsersAction | None = None, prog: str | None = None) -> StrictParser:
+def make_parser(
+    subparsers: argparse._SubParsersAction | None = None, prog: str | None = None, more: tuple[type, ...] = ()
+) -> StrictParser:
+    """The options of a training recipe, and those of `more` dataclasses."""
     from trl import DatasetMixtureConfig, ModelConfig
 
     from trl_qtarget import TargetSFTConfig
 
     has_overwrite = "overwrite_output_dir" in TargetSFTConfig.__dataclass_fields__  # Transformers 4
     script = ScriptArguments if has_overwrite else SFTScriptArguments
-    kinds = (script, TargetSFTConfig, ModelConfig, DatasetMixtureConfig)
+    kinds = (script, TargetSFTConfig, ModelConfig, DatasetMixtureConfig, *more)
     if subparsers is not None:
         return subparsers.add_parser("sft", help="Run the SFT training script", dataclass_types=kinds)
     parser = StrictParser(

@@ -59,8 +59,9 @@ class TopKLogits:
         """Its log-probabilities of all columns, beside a student with these logits: for a few tokens only."""
         known = self.log_probs.double()
         tail = torch.log(-torch.expm1(known.logsumexp(-1, keepdim=True).clamp(max=0)))
-        shape = logits.double().scatter(-1, self.ids, -torch.inf).log_softmax(-1)
-        return (shape + tail).nan_to_num(nan=-torch.inf, neginf=-torch.inf).scatter(-1, self.ids, known)
+        ids = self.ids.long()
+        shape = logits.double().scatter(-1, ids, -torch.inf).log_softmax(-1)
+        return (shape + tail).nan_to_num(nan=-torch.inf, neginf=-torch.inf).scatter(-1, ids, known)
 
 
 TeacherLogits = ProjectedLogits | TopKLogits

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -76,7 +77,7 @@ class OtherAdapter:
                 del self.model.peft_config[ADAPTER]
 
 
-class Remembered:
+class Remembered(ABC):
     """An earlier student: copies of its trainable weights, swapped in to be read.
 
     Before the first update, as in an evaluation of the untrained model, it is the student itself.
@@ -93,9 +94,9 @@ class Remembered:
         """The weights of the student as they are now."""
         return {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
 
+    @abstractmethod
     def renew(self, step: int) -> None:
         """Bring the copies to what they are before update number `step`."""
-        raise NotImplementedError
 
     def save(self, folder: Path) -> None:
         """Keep it in a checkpoint, so that a resumed run remembers the same model."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from ..data import REFERENCE_COLUMNS
+from ..data import REFERENCE_COLUMNS, WrappedCollator
 from ..head import gathered, read_teacher
 from ..kernels.chunked import rows_per_tile
 from ..kernels.products import project, wide
@@ -128,18 +128,16 @@ def open_cache(args: Any, tokenizer: Any, student_columns: int, datasets: Mappin
     return cache
 
 
-class CachedTeacherCollator:
-    """Wraps a collator: adds what the cached teacher says of each label, where the student predicts it.
+class CachedTeacherCollator(WrappedCollator):
+    """Adds what the cached teacher says of each label, where the student predicts it.
 
     `teacher_ids` and `teacher_log_probs` are (B, T, K). `reference_log_p_y` and `reference_mass`, (B, T), are as token
     columns of the data, for losses that take the teacher for a reference.
     """
 
     def __init__(self, collator: Any, cache: TeacherCache):
-        self.collator, self.cache = collator, cache
-
-    def __getattr__(self, name: str) -> Any:  # whoever configures the wrapped collator finds it here
-        return getattr(self.__dict__["collator"], name)
+        super().__init__(collator)
+        self.cache = cache
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         batch = self.collator(examples)
@@ -187,15 +185,15 @@ def score(model: Any, batch: Sequence[TokenSequence], k: int, columns: int | Non
     teacher = read_teacher(model, {"input_ids": ids.to(device), "attention_mask": attended.long().to(device)})
     before = labelled[:, 1:].nonzero(as_tuple=True)  # the position that predicts a label is the one before it
     at = tuple(x.to(teacher.hidden.device) for x in before)
-    read = ProjectedLogits(teacher.hidden[at], *(getattr(teacher, x) for x in ("weight", "bias", "logit_scale")))
+    read = replace(teacher, hidden=teacher.hidden[at])
     with gathered(read.weight, read.bias):
         columns = columns or len(read.weight)
-        told = _describe(read, teacher.softcap, ids[labelled].to(device), min(k, columns), columns)
+        told = _describe(read, ids[labelled].to(device), min(k, columns), columns)
     lengths = [s.labels for s in batch]
     return [Entry(*(x.numpy() for x in parts)) for parts in zip(*(x.cpu().split(lengths) for x in told), strict=True)]
 
 
-def _describe(teacher: ProjectedLogits, softcap: float | None, labels: Tensor, k: int, columns: int) -> list[Tensor]:
+def _describe(teacher: ProjectedLogits, labels: Tensor, k: int, columns: int) -> list[Tensor]:
     """ids (n, k), log_probs (n, k), log_tail, log_p_y and mass (n,) of n labels, tile by tile."""
     hidden, head = teacher.hidden, teacher.head.first(columns)
     dtype = wide(hidden.dtype)
@@ -204,7 +202,7 @@ def _describe(teacher: ProjectedLogits, softcap: float | None, labels: Tensor, k
     parts: list[list[Tensor]] = []
     for start in range(0, len(hidden), size):
         y = labels[start : start + size]
-        z = cap_(project(hidden[start : start + size], head, tile[: len(y)]), softcap)
+        z = cap_(project(hidden[start : start + size], head, tile[: len(y)]), teacher.softcap)
         top, ids = z.topk(k)
         z_y = pick(z, y)
         outside = ~(ids == y[:, None]).any(-1)

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
+from ..data import WrappedCollator
+
 
 SHOWN = 5  # differing tokens that an error lists
 LISTED = 20  # tokens of one side that a warning lists
@@ -136,22 +138,17 @@ def common_columns(agreement: Agreement | None, tokens: int, ours: int, theirs: 
     )
 
 
-class KnownIds:
-    """Wraps a collator: refuses batches with a label, or an input, that the teacher does not know.
+class KnownIds(WrappedCollator):
+    """Refuses batches with a label, or an input, that the teacher does not know.
 
     It reads batches where they are made, on the CPU, so that nothing waits for a device. The first token of a
     sequence is no label of anything.
     """
 
     def __init__(self, collator: Any, limits: dict[str, int], tokenizer: Any):
-        self.collator = collator
+        super().__init__(collator)
         self.limits = limits  # {"labels": 100, "input_ids": 128}: the first ids that the teacher knows, and can read
         self.tokenizer = tokenizer
-
-    def __getattr__(self, name: str) -> Any:  # whoever configures the wrapped collator finds it here
-        if name.startswith("__"):  # pickle asks for these before there is a collator
-            raise AttributeError(name)
-        return getattr(self.collator, name)
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         batch = self.collator(examples)
