@@ -64,6 +64,7 @@ class OtherAdapter:
         with _trainable_kept(model):
             model.load_adapter(path, ADAPTER, **kwargs)
         self.config = model.peft_config.pop(ADAPTER)
+        model.register_state_dict_post_hook(_without_teacher)
 
     def read(self, inputs: dict[str, Any]) -> ProjectedLogits:
         trained = self.model.active_adapter
@@ -75,6 +76,12 @@ class OtherAdapter:
             finally:
                 self.model.set_adapter(trained)
                 del self.model.peft_config[ADAPTER]
+
+
+def _without_teacher(module: Any, weights: dict[str, Any], *_: Any) -> None:
+    """PEFT leaves adapters that it knows of out of what it saves of another, and of this one it does not know."""
+    for name in [name for name in weights if f".{ADAPTER}." in name]:
+        del weights[name]
 
 
 class Remembered(ABC):
