@@ -25,6 +25,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
+from .compat import balancing_loss
 from .kernels.products import Head
 from .loss import LabelCount, QTargetOutput, qtarget_loss
 from .reference import IGNORE, dense_tokens
@@ -63,6 +64,8 @@ def install(model: PreTrainedModel) -> None:
 def read_head(model: PreTrainedModel) -> Head:
     """The model's output head, with the scale and the softcap its configuration puts on logits."""
     head: Any = model.get_output_embeddings()
+    if getattr(head, "disable_adapters", False):  # PEFT 0.13 goes on showing the trained copy
+        head = getattr(head, "original_module", head)
     config = model.config.get_text_config()
     weight, bias = (x.full_tensor() if hasattr(x, "full_tensor") else x for x in (head.weight, head.bias))
     softcap = next((getattr(config, name) for name in SOFTCAPS if getattr(config, name, None) is not None), None)
@@ -84,14 +87,9 @@ def _aux_loss(model: PreTrainedModel, outputs: Any, kwargs: dict) -> Tensor | No
     """The load-balancing loss of a mixture of experts, where the caller asked for router logits."""
     if not kwargs.get("output_router_logits"):
         return None
-    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
-
     config = model.config.get_text_config()
     experts = getattr(config, "num_experts", None) or config.num_local_experts
-    aux_loss: Any = load_balancing_loss_func(
-        outputs.router_logits, experts, config.num_experts_per_tok, kwargs.get("attention_mask")
-    )
-    return aux_loss
+    return balancing_loss(outputs.router_logits, experts, config.num_experts_per_tok, kwargs.get("attention_mask"))
 
 
 def gathered(*parameters: Tensor | None) -> contextlib.AbstractContextManager:
