@@ -37,7 +37,9 @@ def installed(monkeypatch):
     """`installed(trl="1.99")` makes it look so."""
 
     def pretend(**versions):
-        monkeypatch.setattr(compat, "versions", lambda: {"trl": "1.16.0", "transformers": "5.0.0", **versions})
+        monkeypatch.setattr(
+            compat, "versions", lambda: {"trl": "1.16.0", "transformers": "5.0.0", "peft": "0.15.0", **versions}
+        )
         compat.warn_if_outside.cache_clear()
 
     yield pretend
@@ -126,7 +128,15 @@ def test_a_module_that_is_gone_is_named(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "versions", [{}, {"trl": "1.15.0"}, {"trl": "1.16.9"}, {"transformers": "4.56.2"}, {"transformers": "5.23.1"}]
+    "versions",
+    [
+        {},
+        {"trl": "1.15.0"},
+        {"trl": "1.16.9"},
+        {"transformers": "4.56.2"},
+        {"transformers": "5.23.1"},
+        {"peft": "not installed"},
+    ],
 )
 def test_nothing_is_said_inside_the_range(installed, versions):
     installed(**versions)
@@ -135,12 +145,13 @@ def test_nothing_is_said_inside_the_range(installed, versions):
 
 
 @pytest.mark.parametrize(
-    "versions", [{"trl": "1.17.0"}, {"trl": "1.14.2"}, {"trl": "2.0.0.dev0"}, {"transformers": "4.55.4"}]
+    "versions",
+    [{"trl": "1.17.0"}, {"trl": "1.14.2"}, {"trl": "2.0.0.dev0"}, {"transformers": "4.55.4"}, {"peft": "0.14.0"}],
 )
 def test_outside_of_it_one_warning_names_the_range(installed, versions, make):
     installed(**versions)
     ((package, version),) = versions.items()
-    with pytest.warns(UserWarning, match=rf"tested with trl 1\.15 to 1\.16 .* installed is {package} {version}"):
+    with pytest.warns(UserWarning, match=rf"tested with trl 1\.15 to 1\.16, .* installed is {package} {version}"):
         make()
     with warnings.catch_warnings():
         warnings.simplefilter("error")

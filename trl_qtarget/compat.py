@@ -19,7 +19,7 @@ from typing import Any
 
 
 # First and last minor release that `make test-versions` runs
-TESTED = {"trl": ("1.15", "1.16"), "transformers": ("4.56", "5.23")}
+TESTED = {"trl": ("1.15", "1.16"), "transformers": ("4.56", "5.23"), "peft": ("0.15", "0.21")}
 
 PACKAGES = ("trl", "transformers", "torch", "accelerate", "datasets", "peft", "deepspeed", "bitsandbytes", "triton")
 
@@ -67,7 +67,7 @@ TRAINER_ATTRIBUTES: dict[str, type] = {
 
 def tested() -> str:
     """The tested range, in words."""
-    return " and ".join(f"{package} {first} to {last}" for package, (first, last) in TESTED.items())
+    return ", ".join(f"{package} {first} to {last}" for package, (first, last) in TESTED.items())
 
 
 def versions() -> dict[str, str]:
@@ -89,7 +89,8 @@ def outside() -> list[str]:
     return [
         f"{package} {found[package]}"
         for package, (first, last) in TESTED.items()
-        if not Version(first).release <= Version(found[package]).release[:2] <= Version(last).release
+        if found[package] != "not installed"
+        and not Version(first).release <= Version(found[package]).release[:2] <= Version(last).release
     ]
 
 
@@ -98,7 +99,7 @@ def warn_if_outside() -> None:
     """Warn of versions that nobody has tried."""
     if outside():
         warnings.warn(
-            f"trl_qtarget is tested with {tested()}; installed is {' and '.join(outside())}: compare `--loss nll` "
+            f"trl_qtarget is tested with {tested()}; installed is {', '.join(outside())}: compare `--loss nll` "
             "with TRL's own loss before you rely on it, or install a version of that range.",
             stacklevel=3,
         )

@@ -64,8 +64,6 @@ def install(model: PreTrainedModel) -> None:
 def read_head(model: PreTrainedModel) -> Head:
     """The model's output head, with the scale and the softcap its configuration puts on logits."""
     head: Any = model.get_output_embeddings()
-    if getattr(head, "disable_adapters", False):  # PEFT 0.13 goes on showing the trained copy
-        head = getattr(head, "original_module", head)
     config = model.config.get_text_config()
     weight, bias = (x.full_tensor() if hasattr(x, "full_tensor") else x for x in (head.weight, head.bias))
     softcap = next((getattr(config, name) for name in SOFTCAPS if getattr(config, name, None) is not None), None)
