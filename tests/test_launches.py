@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import runpy
 import socket
 import subprocess
 import sys
@@ -190,3 +191,13 @@ def test_slurm_needs_an_output_folder(slurm):
     with pytest.raises(subprocess.CalledProcessError) as stop:
         slurm()
     assert "the output folder comes first" in stop.value.stderr
+
+
+# What the page says
+
+
+def test_the_tables_of_costs_are_those_of_the_formulas():
+    path = str(FOLDER / "cost.py")
+    made = runpy.run_path(path)
+    block = made["TABLES"].search((FOLDER / "README.md").read_text())
+    assert block[0] == block[1] + made["tables"]() + block[2], f"run `python {path}`"
