@@ -11,16 +11,23 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test lint format readme bench bench-gpu clean
+.PHONY: help quickstart test test-versions lint format readme bench bench-gpu clean
 
 help:  ## list the targets
-	@sed -n 's/^\([a-z-]*\):.*## /\1: /p' $(MAKEFILE_LIST) | awk -F': ' '{printf "  make %-11s %s\n", $$1, $$2}'
+	@sed -n 's/^\([a-z-]*\):.*## /\1: /p' $(MAKEFILE_LIST) | awk -F': ' '{printf "  make %-13s %s\n", $$1, $$2}'
 
 quickstart: $(VENV)/.installed-plot  ## train and compare three losses on a tiny pretrained model, a few minutes
 	$(BIN)/python recipes/quickstart/run.py $(ARGS)
 
 test: $(VENV)/.installed-test,lint  ## the whole default suite (JOBS=2 processes; ARGS='-k dft' passes options to pytest)
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
+
+VERSIONS := $(basename $(notdir $(wildcard tests/versions/*.txt)))
+
+test-versions: $(VERSIONS:%=test-%)  ## the default suite with each set of tests/versions; with -k all of them, whatever fails
+
+test-trl-%: .venv-versions/trl-%/.installed
+	$(<D)/bin/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 
 lint: $(VENV)/.installed-test,lint  ## ruff, import-linter, pyright
 	$(BIN)/ruff check .
@@ -43,12 +50,21 @@ bench-gpu: $(VENV)/.installed-test,lint  ## the tests and the benchmark that nee
 	$(BIN)/python -m benchmarks.kernel --device cuda --dtype bfloat16 --width 2048 --teacher_width 4096 $(ARGS)
 
 clean:  ## remove the environment and everything the tools left behind
-	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) .venv-versions build dist .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamp's name is the set of extras: pip runs again only when the requirements or the pins change.
 $(VENV)/.installed-%: pyproject.toml constraints.txt | $(BIN)/pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[$*]"
+	@touch $@
+
+.PRECIOUS: .venv-versions/%/.installed
+
+# Pins of the set take the place of those in constraints.txt.
+.venv-versions/%/.installed: tests/versions/%.txt pyproject.toml constraints.txt | $(BIN)/pip
+	$(BIN)/python -m venv $(@D)
+	awk -F'[=<>]' 'NR == FNR {print; pinned[$$1]; next} !($$1 in pinned)' $< constraints.txt > $(@D)/constraints.txt
+	$(@D)/bin/python -m pip install --quiet --constraint $(@D)/constraints.txt --editable ".[test]"
 	@touch $@
 
 $(BIN)/pip:

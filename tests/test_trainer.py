@@ -11,7 +11,7 @@ from datasets import Dataset, IterableDataset
 from peft import LoraConfig
 from trl import SFTConfig, SFTTrainer
 
-from trl_qtarget import TargetSFTConfig, TargetSFTTrainer, build, compat
+from trl_qtarget import TargetSFTConfig, TargetSFTTrainer, build
 from trl_qtarget.checks import refuse
 from trl_qtarget.config import TargetSFTConfig as Config
 from trl_qtarget.data import trajectories
@@ -256,7 +256,9 @@ def test_token_weights_scale_the_loss(train, tokenizer, rows):
     double, plain = (
         train(loss="nll", data=weighted(tokenizer, rows(8), lambda i, w=w: w), max_steps=1) for w in (2.0, 1.0)
     )
-    assert logged(double, "loss")[0][0] == pytest.approx(2 * logged(plain, "loss")[0][0])
+    assert logged(double, "grad_norm")[0][0] == pytest.approx(2 * logged(plain, "grad_norm")[0][0])
+    double, plain = (trainer.state.log_history[-1]["train_loss"] for trainer in (double, plain))
+    assert double == pytest.approx(2 * plain)  # transformers 4 rounds what it logs step by step
     with pytest.raises(ValueError, match="reads a token_weight column"):
         train(loss="critical_token")
 
@@ -275,7 +277,8 @@ def test_a_mixture_of_experts_keeps_its_balancing_loss(train):
         )  # fmt: skip
 
     names = ["loss", "grad_norm", "aux_loss"]
-    options = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}
+    # Adam would magnify rounding, which transformers 4 orders differently
+    options = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2, "optim": "sgd"}
     same(
         logged(train(loss="nll", model=moe(), **options), *names),
         logged(train(SFTTrainer, model=moe(), **options), *names),
@@ -457,16 +460,6 @@ def test_several_models_and_a_split_sequence_are_refused(loss):
 def test_a_teacher_nobody_asked_for_is_a_warning(train, tiny_model):
     with pytest.warns(UserWarning, match="takes no teacher"):
         train(loss="dft", teacher=teacher(tiny_model), go=False)
-
-
-def test_every_private_name_we_read_is_there(train):
-    trainer = train(loss="nll", go=False)
-    compat.check_trainer(trainer)
-    for name in compat.TRAINER_ATTRIBUTES:
-        broken = copy.copy(trainer)
-        setattr(broken, name, None)
-        with pytest.raises(ImportError, match=name):
-            compat.check_trainer(broken)
 
 
 def test_the_fields_we_add_are_these_and_no_others():

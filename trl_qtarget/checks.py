@@ -58,7 +58,7 @@ def _tokenizer_of(name: str, revision: str | None, args: TargetSFTConfig) -> Any
         return None
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=args.trust_remote_code)
-    except (OSError, ValueError):
+    except (OSError, ValueError, ImportError, TypeError):  # the last two where transformers 4 finds no file to read
         return None
     # beside many a model without a tokenizer, transformers 5 finds one that knows its special tokens and nothing else
     return tokenizer if tokenizer.get_vocab().keys() - tokenizer.get_added_vocab().keys() else None

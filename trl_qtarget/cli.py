@@ -10,10 +10,9 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
-from . import __version__
+from . import compat
 from .presets import PRESETS, Preset
 from .registry import find
 
@@ -46,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     subparsers = parser.add_subparsers(help="available commands", dest="command", metavar="command")
     for name, text in ({name: run.__doc__ for name, run in COMMANDS.items()} | others).items():
         subparsers.add_parser(name, help=text)
-    print(_versions() if parser.parse_args(argv).version else parser.format_help())
+    print("\n".join(compat.about()) if parser.parse_args(argv).version else parser.format_help())
     return 0
 
 
@@ -121,19 +120,6 @@ def _run_trl(argv: list[str]) -> int:
     except ImportError:
         return subprocess.call(["trl", *argv])
     return trl(argv)
-
-
-def _versions() -> str:
-    def installed(package: str) -> str:
-        try:
-            return version(package)
-        except PackageNotFoundError:
-            return "not installed"
-
-    packages = ("trl", "transformers", "torch", "accelerate", "datasets", "peft", "deepspeed", "triton")
-    python = ".".join(map(str, sys.version_info[:3]))
-    lines = [f"{PROG} {__version__}", f"python {python}", *(f"{package} {installed(package)}" for package in packages)]
-    return "\n".join(lines)
 
 
 def _print(what: Any) -> None:

@@ -1,45 +1,196 @@
-"""Every private name of TRL and accelerate that the package leans on, and the range it was tried with.
+"""What the package leans on in TRL, transformers and accelerate that no release promises, and what it was tried with.
 
-A release that moves one of them is caught when a trainer is made, by name, and not in the numbers of a run.
+A release that moves one of these names is caught when a trainer is made, by name, and not in the numbers of a run.
+`python -m trl_qtarget.compat` prints what an issue report needs. Nothing is imported before it is asked for: the
+command line takes its versions from here.
 """
 
 from __future__ import annotations
 
+import functools
+import inspect
+import pkgutil
+import platform
+import warnings
 from collections import defaultdict
+from collections.abc import Iterator, Sized
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 
-TESTED_TRL = ("1.15.0", "1.16.0")
+# First and last minor release that `make test-versions` runs
+TESTED = {"trl": ("1.15", "1.16"), "transformers": ("4.56", "5.23"), "peft": ("0.15", "0.21")}
+
+PACKAGES = ("trl", "transformers", "torch", "accelerate", "datasets", "peft", "deepspeed", "bitsandbytes", "triton")
+
+# What is called or overridden, and the parameters it must begin with: a trainer needs all of these
+NAMES: dict[str, tuple[str, ...]] = {
+    "trl:SFTTrainer._prepare_dataset": (
+        "self", "dataset", "processing_class", "args", "packing", "formatting_func", "dataset_name",
+    ),
+    "trl:SFTTrainer._set_signature_columns_if_needed": ("self",),
+    "trl:SFTTrainer.compute_loss": ("self", "model", "inputs", "return_outputs", "num_items_in_batch"),
+    "trl:SFTTrainer.log": ("self", "logs", "start_time"),
+    "trl.data_utils:get_dataset_column_names": ("dataset",),
+    "trl.models.utils:prepare_deepspeed": ("model", "accelerator"),
+    "trl.models.utils:prepare_fsdp": ("model", "accelerator"),
+    "trl.trainer.utils:create_model_from_path": ("model_id",),
+    "transformers:Trainer._get_output_dir": ("self", "trial"),
+    "transformers:Trainer._load_from_checkpoint": ("self", "resume_from_checkpoint", "model"),
+    "transformers:Trainer._save_checkpoint": ("self", "model", "trial"),
+}  # fmt: skip
+
+# What a mixture of experts needs besides
+BALANCING = "transformers.models.mixtral.modeling_mixtral:load_balancing_loss_func"
+NAMES_OF_EXPERTS = {BALANCING: ("gate_logits", "num_experts", "top_k", "attention_mask")}
+
+# What the command line needs; for those of `trl.cli` it has another way
+NAMES_OF_COMMANDS: dict[str, tuple[str, ...]] = {
+    "accelerate.commands.launch:launch_command": ("args",),
+    "accelerate.commands.launch:launch_command_parser": (),
+    "trl.cli:main": (),
+    "trl.cli.commands:get_commands": (),
+}
 
 # What `SFTTrainer.__init__` leaves behind and `TargetSFTTrainer` reads: name, type
 TRAINER_ATTRIBUTES: dict[str, type] = {
     "_metrics": dict,  # {"train": {name: [values]}, "eval": ...}, averaged and cleared by `log`
     "_total_train_tokens": int,
+    "_tokenizer": Sized,
     "aux_loss_enabled": bool,
     "_is_vision_dataset": bool,
 }
 
 
-def check_trainer(trainer: Any) -> None:
-    """Raise an ImportError naming what the installed TRL no longer has."""
-    import trl
+# Versions
 
-    missing = [name for name, kind in TRAINER_ATTRIBUTES.items() if not isinstance(getattr(trainer, name, None), kind)]
-    metrics = getattr(trainer, "_metrics", {})
-    if not missing and not all(isinstance(metrics.get(mode), defaultdict) for mode in ("train", "eval")):
-        missing = ["_metrics['train'], _metrics['eval']"]
-    if missing:
-        raise ImportError(
-            f"TRL {trl.__version__} has changed what trl_qtarget relies on: SFTTrainer.{', '.join(missing)}. "
-            f"Tested with TRL {TESTED_TRL[0]} to {TESTED_TRL[1]}: install one of these."
+
+def tested() -> str:
+    """The tested range, in words."""
+    return ", ".join(f"{package} {first} to {last}" for package, (first, last) in TESTED.items())
+
+
+def versions() -> dict[str, str]:
+    """The version of each package that matters, or "not installed"."""
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def outside() -> list[str]:
+    """The packages whose minor release lies outside the tested range, with their versions."""
+    from packaging.version import Version
+
+    found = versions()
+    return [
+        f"{package} {found[package]}"
+        for package, (first, last) in TESTED.items()
+        if found[package] != "not installed"
+        and not Version(first).release <= Version(found[package]).release[:2] <= Version(last).release
+    ]
+
+
+@functools.cache  # once a process
+def warn_if_outside() -> None:
+    """Warn of versions that nobody has tried."""
+    if outside():
+        warnings.warn(
+            f"trl_qtarget is tested with {tested()}; installed is {', '.join(outside())}: compare `--loss nll` "
+            "with TRL's own loss before you rely on it, or install a version of that range.",
+            stacklevel=3,
         )
+
+
+def about() -> list[str]:
+    """What `trl-qtarget --version` says, a line each; without importing what it speaks of."""
+    installed = [f"{package} {found}" for package, found in versions().items()]
+    there = f"tested with {tested()}; outside of that: {', '.join(outside()) or 'nothing'}"
+    own = pkgutil.resolve_name("trl_qtarget:__version__")  # an import would lead up to the trainer
+    return [f"trl-qtarget {own}", f"python {platform.python_version()}", *installed, there]
+
+
+def report() -> None:
+    """Print what an issue report needs."""
+    print("\n".join([*about(), *_machine()]))  # noqa: T201
+
+
+def _machine() -> Iterator[str]:
+    import torch
+
+    from .kernels import tiles_for
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "xpu" if torch.xpu.is_available() else "cpu")
+    yield f"platform {platform.platform()}"
+    yield f"CUDA {torch.version.cuda or 'none'}, ROCm {torch.version.hip or 'none'}"
+    yield from (f"GPU {i} {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count()))
+    yield f"device {device.type}, qtarget_backend=auto is {tiles_for('auto', device).__name__.rpartition('.')[2]}"
+
+
+# Private names
+
+
+def find(name: str, parameters: tuple[str, ...] = ()) -> Any:
+    """The object at `module:name`, which takes `parameters` first.
+
+    Raises:
+        ImportError: what the installed version no longer has, and which versions do.
+    """
+    try:
+        found = pkgutil.resolve_name(name)
+    except (ImportError, AttributeError):
+        raise _moved(name.replace(":", ".")) from None
+    if tuple(inspect.signature(found).parameters)[: len(parameters)] != parameters:
+        raise _moved(f"{name.replace(':', '.')}({', '.join(parameters)}, ...)")
+    return found
+
+
+def _moved(name: str) -> ImportError:
+    package = name.partition(".")[0]
+    return ImportError(
+        f"{package} {version(package)} has changed what trl_qtarget relies on: {name}. "
+        f"Tested with {tested()}: install a version of that range."
+    )
+
+
+def check_names() -> None:
+    """Raise an ImportError naming what the installed versions no longer have, before a trainer is made."""
+    for name, parameters in NAMES.items():
+        find(name, parameters)
+
+
+def check_trainer(trainer: Any) -> None:
+    """Raise an ImportError naming what the installed TRL no longer leaves in a trainer."""
+    for name, kind in TRAINER_ATTRIBUTES.items():
+        if not isinstance(getattr(trainer, name, None), kind):
+            raise _moved(f"trl.SFTTrainer.{name}")
+    if not all(isinstance(trainer._metrics.get(mode), defaultdict) for mode in ("train", "eval")):
+        raise _moved("trl.SFTTrainer._metrics['train'] and ['eval']")
+    if trainer.aux_loss_enabled:
+        find(BALANCING, NAMES_OF_EXPERTS[BALANCING])
+        if not hasattr(trainer, "router_aux_loss_coef"):
+            raise _moved("trl.SFTTrainer.router_aux_loss_coef")
 
 
 def create_model(path: str, **kwargs: Any) -> Any:
     """TRL's own way from a path to a model: the architecture its config names, float32 unless told otherwise."""
-    from trl.trainer.utils import create_model_from_path
+    return find("trl.trainer.utils:create_model_from_path")(path, **kwargs)
 
-    return create_model_from_path(path, **kwargs)
+
+def column_names(dataset: Any) -> list[str]:
+    """The columns of a dataset; of a stream that does not say, those of its first row."""
+    return find("trl.data_utils:get_dataset_column_names")(dataset)
+
+
+def balancing_loss(router_logits: Any, experts: int, chosen: int, attention_mask: Any) -> Any:
+    """The load-balancing loss of a mixture that routes each token to `chosen` of its `experts`."""
+    return find(BALANCING)(router_logits, experts, chosen, attention_mask)
+
+
+# Engines
 
 
 def tensor_parallel_size(trainer: Any) -> int:
@@ -67,11 +218,11 @@ def prepare_frozen(model: Any, accelerator: Any) -> Any:
     """
     plugin = getattr(accelerator.state, "deepspeed_plugin", None)
     if plugin is not None and plugin.zero_stage == 3:
-        from trl.models.utils import prepare_deepspeed
-
-        return prepare_deepspeed(model, accelerator)
+        return find("trl.models.utils:prepare_deepspeed")(model, accelerator)
     if getattr(accelerator.state, "fsdp_plugin", None) is not None:
-        from trl.models.utils import prepare_fsdp
-
-        return prepare_fsdp(model, accelerator)
+        return find("trl.models.utils:prepare_fsdp")(model, accelerator)
     return accelerator.prepare_model(model, evaluation_mode=True)
+
+
+if __name__ == "__main__":
+    report()

@@ -21,7 +21,8 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from trl.data_utils import get_dataset_column_names
+
+from .compat import column_names
 
 
 TOKEN_COLUMNS = ("token_weight", "trust", "reference_log_p_y", "reference_mass")
@@ -33,7 +34,7 @@ def token_columns(*datasets: Any) -> list[str]:
     names: list[Collection[str]] = []
     for dataset in datasets:
         several = dataset.values() if isinstance(dataset, dict) else [dataset]
-        names += [get_dataset_column_names(d) for d in several if hasattr(d, "column_names")]
+        names += [column_names(d) for d in several if hasattr(d, "column_names")]
     return [name for name in TOKEN_COLUMNS if names and all(name in found for found in names)]
 
 
@@ -61,7 +62,7 @@ def prepared(
     options: dict[str, Any] = {"fn_kwargs": {"columns": columns}}
     if isinstance(dataset, Dataset):  # a stream knows no processes
         options["num_proc"] = args.dataset_num_proc
-    if "input_ids" not in get_dataset_column_names(dataset):
+    if "input_ids" not in column_names(dataset):
         dataset = dataset.map(_check_one_number, **options)
     uncut = copy.copy(args)
     uncut.max_length, uncut.shuffle_dataset = None, False

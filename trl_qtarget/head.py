@@ -25,6 +25,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
+from .compat import balancing_loss
 from .kernels.products import Head
 from .loss import LabelCount, QTargetOutput, qtarget_loss
 from .reference import IGNORE, dense_tokens
@@ -84,14 +85,9 @@ def _aux_loss(model: PreTrainedModel, outputs: Any, kwargs: dict) -> Tensor | No
     """The load-balancing loss of a mixture of experts, where the caller asked for router logits."""
     if not kwargs.get("output_router_logits"):
         return None
-    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
-
     config = model.config.get_text_config()
     experts = getattr(config, "num_experts", None) or config.num_local_experts
-    aux_loss: Any = load_balancing_loss_func(
-        outputs.router_logits, experts, config.num_experts_per_tok, kwargs.get("attention_mask")
-    )
-    return aux_loss
+    return balancing_loss(outputs.router_logits, experts, config.num_experts_per_tok, kwargs.get("attention_mask"))
 
 
 def gathered(*parameters: Tensor | None) -> contextlib.AbstractContextManager:

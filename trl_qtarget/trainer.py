@@ -87,6 +87,8 @@ class TargetSFTTrainer(SFTTrainer):
         teacher_model: PreTrainedModel | str | None = None,
         **kwargs: Any,
     ):
+        compat.warn_if_outside()
+        compat.check_names()
         kwargs |= dict(zip(POSITIONAL, positional, strict=False))
         args = as_target_config(args, model, teacher_model)
         self.target = args.target()

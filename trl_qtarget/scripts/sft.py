@@ -182,7 +182,7 @@ def run() -> None:
         fail(PROG, *found)
     try:
         trainer = make_trainer(*parsed.values)
-    except (ValueError, OSError) as mistake:
+    except (ValueError, OSError, ImportError) as mistake:
         if training_args.log_level == "debug":
             raise
         fail(PROG, mistake)
