@@ -1,7 +1,7 @@
 """Train all cells of one engine in one launch: `python parity_worker.py ENGINE FOLDER`, or under torch's launcher.
 
-Reads the cells' names from FOLDER/ENGINE.json, finds models in FOLDER/models, and leaves in FOLDER/CELL what was logged
-(steps.json) and the model as it is saved, or what stopped the training (error.txt).
+Reads the cells' names from FOLDER/ENGINE.json, finds models in FOLDER/models, and leaves in FOLDER/CELL what was
+logged (steps.json) and the model as it is saved, or what stopped the training (error.txt).
 """
 
 from __future__ import annotations
@@ -84,20 +84,16 @@ def make_trainer(cell: Cell, folder: Path, models: Path, **options: Any) -> Targ
     if cell.cached:
         options["teacher_cache"] = str(models / f"{cell.case} cache")
     args = TargetSFTConfig(output_dir=str(folder), loss=cell.loss, **{**QUIET, **options})
-    taught = "teacher" in args.target().needs and not cell.cached
-    processor = case.processor()
-    rows = ROWS[cell.rows]() if case.rows is None else case.rows()
+    taught: Any = None
+    if "teacher" in args.target().needs and not cell.cached:
+        taught = case.teacher() if cell.in_memory else str(models / f"{cell.case} teacher")
     return TargetSFTTrainer(
         case.student() if cell.in_memory else str(models / cell.case),
         args,
-        train_dataset=Dataset.from_list(rows),
-        processing_class=processor,
+        train_dataset=Dataset.from_list(ROWS[cell.rows]() if case.rows is None else case.rows()),
+        processing_class=case.processor(),
         peft_config=case.peft() if case.peft else None,
-        **(
-            {"teacher_model": case.teacher() if cell.in_memory else str(models / f"{cell.case} teacher")}
-            if taught
-            else {}
-        ),
+        teacher_model=taught,
     )
 
 
