@@ -74,9 +74,22 @@ class Case:
 
 
 TEACHER = functools.partial(conftest.make_model, hidden=48, tie=False, seed=2)
+
+
+def foreign_teacher() -> Any:
+    """A teacher of another family, with layers of another class."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(3)
+    shape = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2}
+    tokens = {"vocab_size": conftest.VOCAB, "pad_token_id": 0, "bos_token_id": None, "eos_token_id": 3}
+    return LlamaForCausalLM(LlamaConfig(**shape, **tokens, initializer_range=0.3, max_position_embeddings=512))
+
+
 CASES = {
     "tied": Case(functools.partial(conftest.make_model, seed=1), TEACHER),
     "untied": Case(functools.partial(conftest.make_model, seed=1, tie=False), TEACHER),
+    "foreign": Case(functools.partial(conftest.make_model, seed=1), foreign_teacher),
 }
 
 

@@ -25,6 +25,8 @@ def losses() -> list[Cell]:
         cells.append(
             Cell("losses", "critical_token, numbers beside tokens", engine, "critical_token", rows="numbered")
         )
+        foreign = "target_sft, teacher of another family"
+        cells.append(Cell("losses", foreign, engine, "target_sft", "foreign"))
         cells.append(Cell("losses", "target_sft, models in memory", engine, "target_sft", in_memory=True))
         cells.append(Cell("losses", "asft, model in memory", engine, "asft", in_memory=True))
     return cells
@@ -38,11 +40,36 @@ def batching() -> list[Cell]:
         "packed (bfd)": {"packing": True, "max_length": 512, "per_device_train_batch_size": 1},
         "padding-free": {"padding_free": True, "max_length": None, "per_device_train_batch_size": BATCH},
     }
-    return [
+    cells = [
         Cell("batching", f"{name}, {loss}", "single", loss, rows="one batch", options=cut)
         for loss in ("nll", "target_sft", "iw_sft")
         for name, cut in cuts.items()
     ]
+    spread = {
+        "2 rows x 2 steps": {"gradient_accumulation_steps": 2},
+        "packed (bfd)": {"packing": True, "max_length": 64, "per_device_train_batch_size": 1},
+        "padding-free": {"padding_free": True, "max_length": None},
+    }
+    cells += [
+        Cell("batching", f"{name}, target_sft", engine, "target_sft", rows="one batch", options=cut)
+        for engine in MANY
+        for name, cut in spread.items()
+    ]
+    # the sampler keeps the order of the rows here, so that one of two processes, or micro-batches, has no label at all
+    in_order = {"train_sampling_strategy": "sequential"}
+    two_steps = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    for loss in ("nll", "target_sft", "asft"):
+        row = f"half of the batch without a label, {loss}"
+        unlabelled = {"rows": "half unlabelled", "shared": in_order}
+        cells.append(Cell("batching", row, "single", loss, options=two_steps, **unlabelled))
+        cells += [Cell("batching", row, engine, loss, **unlabelled) for engine in MANY]
+        row = f"average_tokens_across_devices=False, {loss}"
+        own = {"options": {"average_tokens_across_devices": False}, "reference_rows": "weighted as ranks"}
+        cells += [
+            Cell("batching", row, engine, loss, rows="tokenized", shared=in_order, metrics=False, **own)
+            for engine in MANY
+        ]
+    return cells
 
 
 CELLS = losses() + batching()

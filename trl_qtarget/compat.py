@@ -5,6 +5,7 @@ A release that moves one of them is caught when a trainer is made, by name, and 
 
 from __future__ import annotations
 
+import copy
 from collections import defaultdict
 from typing import Any
 
@@ -70,8 +71,27 @@ def prepare_frozen(model: Any, accelerator: Any) -> Any:
         from trl.models.utils import prepare_deepspeed
 
         return prepare_deepspeed(model, accelerator)
-    if getattr(accelerator.state, "fsdp_plugin", None) is not None:
+    fsdp = getattr(accelerator.state, "fsdp_plugin", None)
+    if fsdp is not None and fsdp.fsdp_version == 2:
+        return _shard_frozen(model, accelerator)
+    if fsdp is not None:
         from trl.models.utils import prepare_fsdp
 
         return prepare_fsdp(model, accelerator)
     return accelerator.prepare_model(model, evaluation_mode=True)
+
+
+def _shard_frozen(model: Any, accelerator: Any) -> Any:
+    """FSDP2 by accelerate, which hands weights on where only the first process has read them (TRL's own does not).
+
+    The layers that are wrapped are the frozen model's own: it may be of another family than the trained one.
+    """
+    from accelerate.utils import fsdp2_prepare_model
+
+    plugin = accelerator.state.fsdp_plugin
+    accelerator.state.fsdp_plugin = copy.copy(plugin)
+    accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = None
+    try:
+        return fsdp2_prepare_model(accelerator, model)
+    finally:
+        accelerator.state.fsdp_plugin = plugin
