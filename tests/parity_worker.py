@@ -22,15 +22,21 @@ from trl_qtarget import TargetSFTConfig, TargetSFTTrainer
 
 
 def tokenized(labelled: slice = slice(None), weights: list[float] | None = None) -> list[dict]:
-    """Eight rows as token ids; of those outside `labelled` nothing is learnt."""
+    """Eight rows as token ids; those outside `labelled` have a label that nothing predicts, their first.
+
+    Rows without any are dropped when the data is prepared.
+    """
     tokenizer = conftest.make_tokenizer()
     rows = []
     for i, row in enumerate(conftest.make_rows(BATCH)):
         prompt, answer = (tokenizer(row[part])["input_ids"] for part in ("prompt", "completion"))
-        learnt = answer if i in range(*labelled.indices(BATCH)) else [-100] * len(answer)
-        rows.append({"input_ids": prompt + answer, "labels": [-100] * len(prompt) + learnt})
+        ids = prompt + answer
+        labels = [-100] * len(prompt) + answer
+        if i not in range(*labelled.indices(BATCH)):
+            labels = [ids[0]] + [-100] * (len(ids) - 1)
+        rows.append({"input_ids": ids, "labels": labels})
         if weights is not None:
-            rows[-1]["token_weight"] = [weights[i]] * len(prompt + answer)
+            rows[-1]["token_weight"] = [weights[i]] * len(ids)
     return rows
 
 
