@@ -29,6 +29,8 @@ def losses() -> list[Cell]:
         cells.append(Cell("losses", foreign, engine, "target_sft", "foreign"))
         cells.append(Cell("losses", "target_sft, models in memory", engine, "target_sft", in_memory=True))
         cells.append(Cell("losses", "asft, model in memory", engine, "asft", in_memory=True))
+        average = {"shared": {"teacher_ema_decay": 0.9}, "refused": COPIES if engine in SHARDED else None}
+        cells.append(Cell("losses", "target_sft, average of the student", engine, "target_sft", **average))
     return cells
 
 
@@ -69,7 +71,29 @@ def batching() -> list[Cell]:
             Cell("batching", row, engine, loss, rows="tokenized", shared=in_order, metrics=False, **own)
             for engine in MANY
         ]
+    for engine in ENGINES:
+        row = "evaluated after each step, target_sft"
+        cells.append(Cell("batching", row, engine, "target_sft", options={"eval_strategy": "steps", "eval_steps": 1}))
+        # the first process reads a stream for all of them, and then all batches must have one length
+        stream = {"stream": True, "shared": {**in_order, "pad_to_multiple_of": 64}}
+        cells.append(
+            Cell("batching", "a stream, target_sft from a cache", engine, "target_sft", cached=True, **stream)
+        )
+        row = "a stream, critical_token, numbers beside tokens"
+        cells.append(Cell("batching", row, engine, "critical_token", rows="numbered", **stream))
     return cells
 
 
-CELLS = losses() + batching()
+def resumed() -> list[Cell]:
+    """Killed between two steps and resumed: bit for bit on one process, to 1e-6 where sums are split."""
+    cells = [
+        Cell("resumed", f"{loss} after kill -9", "single", loss, tolerance=0, killed=True)
+        for loss in ("target_sft", "psft")
+    ]
+    return cells + [
+        Cell("resumed", "target_sft after kill -9", engine, "target_sft", tolerance=1e-6, killed=True)
+        for engine in ("ddp", "zero2", "zero3", "fsdp2")
+    ]
+
+
+CELLS = losses() + batching() + resumed()

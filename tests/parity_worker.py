@@ -7,6 +7,8 @@ logged (steps.json) and the model as it is saved, or what stopped the training (
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
 import traceback
 from pathlib import Path
@@ -15,8 +17,11 @@ from typing import Any
 import conftest
 import parity
 import torch
+from accelerate.state import AcceleratorState, DistributedType, GradientState, PartialState
 from datasets import Dataset
-from parity import BATCH, CASES, ENGINES, STEPS, Cell
+from parity import BATCH, CASES, ENGINES, SAVE_EVERY, STEPS, Cell
+from transformers import TrainerCallback
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from trl_qtarget import TargetSFTConfig, TargetSFTTrainer
 
@@ -93,10 +98,12 @@ def make_trainer(cell: Cell, folder: Path, models: Path, **options: Any) -> Targ
     taught: Any = None
     if "teacher" in args.target().needs and not cell.cached:
         taught = case.teacher() if cell.in_memory else str(models / f"{cell.case} teacher")
+    data = Dataset.from_list(ROWS[cell.rows]() if case.rows is None else case.rows())
     return TargetSFTTrainer(
         case.student() if cell.in_memory else str(models / cell.case),
         args,
-        train_dataset=Dataset.from_list(ROWS[cell.rows]() if case.rows is None else case.rows()),
+        train_dataset=data.to_iterable_dataset() if cell.stream else data,
+        eval_dataset=data.select(range(BATCH)) if "eval_strategy" in options else None,
         processing_class=case.processor(),
         peft_config=case.peft() if case.peft else None,
         teacher_model=taught,
@@ -104,9 +111,13 @@ def make_trainer(cell: Cell, folder: Path, models: Path, **options: Any) -> Targ
 
 
 def train(cell: Cell, folder: Path, models: Path) -> None:
-    """Train a cell and leave steps.json and its model in `folder`."""
-    trainer = make_trainer(cell, folder, models)
-    trainer.train()
+    """Train a cell and leave steps.json and its model in `folder`; one that is to be killed, resume if it was."""
+    saving = {"save_strategy": "steps", "save_steps": SAVE_EVERY} if cell.killed else {}
+    trainer = make_trainer(cell, folder, models, **saving)
+    resumed = cell.killed and any(folder.glob("checkpoint-*"))
+    if cell.killed and not resumed:
+        trainer.add_callback(Killer(cell.killed_before))
+    trainer.train(resume_from_checkpoint=resumed or None)
     trainer.save_model(str(folder))
     trainer.accelerator.wait_for_everyone()
     if trainer.is_world_process_zero():
@@ -114,11 +125,20 @@ def train(cell: Cell, folder: Path, models: Path) -> None:
         (folder / "steps.json").write_text(json.dumps(steps))
 
 
+class Killer(TrainerCallback):
+    """kill -9 of every process, before a step."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            PartialState().wait_for_everyone()  # nobody is still writing a checkpoint
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
 def forget() -> None:
     """Take back what a training leaves in the process, so that the next one starts as the first."""
-    from accelerate.state import AcceleratorState, GradientState, PartialState
-    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-
     unset_hf_deepspeed_config()
     AcceleratorState._reset_state()
     GradientState._reset_state()
@@ -127,8 +147,6 @@ def forget() -> None:
 
 def pretend_to_have_gpus() -> None:
     """Accelerate knows FSDP on accelerators only; on the CPU it would fall back to DDP in silence."""
-    from accelerate.state import DistributedType, PartialState
-
     own = PartialState.__init__
 
     def init(self, *args, **kwargs):

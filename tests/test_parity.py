@@ -8,6 +8,7 @@ from pathlib import Path
 import conftest
 import parity
 import pytest
+import torch
 from parity import CASES, Cell
 
 
@@ -93,3 +94,21 @@ def test_the_cell_is_its_reference(cell, runs, table):
     assert runs.error_of(reference) is None, runs.error_of(reference)
     parity.compare(cell, runs.of(cell), runs.of(reference))
     table.mark(cell, "ok")
+
+
+def test_what_parity_means_can_fail():
+    """A factor too near to one for any single step, and an error that grows, are drift; noise is not."""
+    noise = [3e-6, -2e-6, 1e-6, -3e-6, 2e-6, -2e-6]
+    parity.require_no_drift(noise, 1e-4)
+    with pytest.raises(AssertionError, match="drifts"):
+        parity.require_no_drift([x + 1e-5 for x in noise], 1e-4)
+    with pytest.raises(AssertionError, match="drifts"):
+        parity.require_no_drift([1e-6 * 2**step for step in range(1, 7)], 1e-4)
+    with pytest.raises(AssertionError, match="drifts"):
+        parity.require_no_drift([0, 0, 0, 0, 0, 1e-12], 0)
+    with pytest.raises(AssertionError, match="loss is"):
+        parity.compare_steps("loss", [1.0, 2.001], [1.0, 2.0], 1e-4)
+    with pytest.raises(AssertionError, match="w ends"):
+        parity.compare_weights({"w": torch.ones(3)}, {"w": torch.ones(3) * 1.001}, 1e-4)
+    with pytest.raises(AssertionError, match="w ends"):
+        parity.compare_weights({"w": torch.full((3,), torch.nan)}, {"w": torch.ones(3)}, 1e-4)
