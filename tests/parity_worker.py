@@ -96,7 +96,7 @@ def make_trainer(cell: Cell, folder: Path, models: Path, **options: Any) -> Targ
         options["teacher_cache"] = str(models / f"{cell.case} cache")
     args = TargetSFTConfig(output_dir=str(folder), loss=cell.loss, **{**QUIET, **options})
     taught: Any = None
-    if "teacher" in args.target().needs and not cell.cached:
+    if "teacher" in args.target().needs and not (cell.cached or args.teacher_ema_decay):
         taught = case.teacher() if cell.in_memory else str(models / f"{cell.case} teacher")
     data = Dataset.from_list(ROWS[cell.rows]() if case.rows is None else case.rows())
     return TargetSFTTrainer(
