@@ -1,5 +1,6 @@
 """The loss that was chosen is the loss that is trained, whatever the engine: see `parity.py`."""
 
+import json
 import os
 import re
 import sys
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import conftest
 import parity
+import parity_worker
 import pytest
 import torch
 from parity import CASES, Cell
@@ -58,14 +60,11 @@ def make_models(name: str, folder: Path, cached: bool = False) -> None:
 
 
 def make_cache(name: str, models: Path) -> None:
-    import json
-
     from datasets import disable_progress_bars
-    from parity_worker import ROWS
 
     from trl_qtarget.scripts import cache
 
-    (models / "rows.jsonl").write_text("\n".join(map(json.dumps, ROWS["uneven"]())))
+    (models / "rows.jsonl").write_text("\n".join(map(json.dumps, parity_worker.ROWS["uneven"]())))
     (models / "data.yaml").write_text(f"datasets:\n  - path: json\n    data_files: {models / 'rows.jsonl'}\n")
     given = {
         "config": models / "data.yaml", "model_name_or_path": models / name, "use_cpu": True, "bf16": False,
@@ -77,6 +76,28 @@ def make_cache(name: str, models: Path) -> None:
         patch.setenv("HF_DATASETS_CACHE", str(models / "hf"))
         patch.setattr(sys, "argv", ["cache", *(str(word) for k, v in given.items() for word in (f"--{k}", v))])
         cache.run()
+
+
+IN_PROCESS = [c for c in CELLS.values() if (c.section, c.engine) == ("batching", "single") and c.rows == "one batch"]
+
+
+@pytest.fixture(scope="module")
+def trained(models):
+    """`trained(cell)` trains a cell in this process, once."""
+    make_models("tied", models)
+
+    def train(cell: Cell) -> Path:
+        folder = models / f"{cell.id} here"
+        if not folder.is_dir():
+            parity_worker.train(cell, folder, models / "models")
+        return folder
+
+    return train
+
+
+@pytest.mark.parametrize("cell", IN_PROCESS, ids=lambda cell: cell.id)
+def test_eight_rows_are_eight_rows(cell, trained):
+    parity.compare(cell, trained(cell), trained(cell.its_reference()))
 
 
 @pytest.mark.distributed
