@@ -11,16 +11,20 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test test-versions lint format readme bench bench-gpu clean
+.PHONY: help quickstart test test-distributed test-versions lint format readme bench bench-gpu clean
 
 help:  ## list the targets
-	@sed -n 's/^\([a-z-]*\):.*## /\1: /p' $(MAKEFILE_LIST) | awk -F': ' '{printf "  make %-13s %s\n", $$1, $$2}'
+	@sed -n 's/^\([a-z-]*\):.*## /\1: /p' $(MAKEFILE_LIST) | awk -F': ' '{printf "  make %-16s %s\n", $$1, $$2}'
 
 quickstart: $(VENV)/.installed-plot  ## train and compare three losses on a tiny pretrained model, a few minutes
 	$(BIN)/python recipes/quickstart/run.py $(ARGS)
 
 test: $(VENV)/.installed-test,lint  ## the whole default suite (JOBS=2 processes; ARGS='-k dft' passes options to pytest)
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
+
+test-distributed: export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/$(VENV)/torch_extensions  # DeepSpeed compiles one op, once
+test-distributed: $(VENV)/.installed-test,lint $(VENV)/.installed-deepspeed  ## DDP, ZeRO and FSDP2 beside one process, on the CPU; writes benchmarks/parity.md
+	PARITY_TABLE=benchmarks/parity.md PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -m distributed $(ARGS)
 
 VERSIONS := $(basename $(notdir $(wildcard tests/versions/*.txt)))
 
@@ -52,6 +56,12 @@ bench-gpu: $(VENV)/.installed-test,lint  ## the tests and the benchmark that nee
 clean:  ## remove the environment and everything the tools left behind
 	rm -rf $(VENV) .venv-versions build dist .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# DeepSpeed's ops are compiled when they are first used, and its setup wants the environment's own torch.
+$(VENV)/.installed-deepspeed: $(VENV)/.installed-test,lint
+	$(BIN)/python -m pip install --quiet setuptools wheel ninja py-cpuinfo
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --no-build-isolation --constraint constraints.txt deepspeed
+	@touch $@
 
 # The stamp's name is the set of extras: pip runs again only when the requirements or the pins change.
 $(VENV)/.installed-%: pyproject.toml constraints.txt | $(BIN)/pip

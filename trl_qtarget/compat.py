@@ -7,6 +7,7 @@ command line takes its versions from here.
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import pkgutil
@@ -25,6 +26,7 @@ PACKAGES = ("trl", "transformers", "torch", "accelerate", "datasets", "peft", "d
 
 # What is called or overridden, and the parameters it must begin with: a trainer needs all of these
 NAMES: dict[str, tuple[str, ...]] = {
+    "accelerate.utils:fsdp2_prepare_model": ("accelerator", "model"),
     "trl:SFTTrainer._prepare_dataset": (
         "self", "dataset", "processing_class", "args", "packing", "formatting_func", "dataset_name",
     ),
@@ -219,9 +221,26 @@ def prepare_frozen(model: Any, accelerator: Any) -> Any:
     plugin = getattr(accelerator.state, "deepspeed_plugin", None)
     if plugin is not None and plugin.zero_stage == 3:
         return find("trl.models.utils:prepare_deepspeed")(model, accelerator)
-    if getattr(accelerator.state, "fsdp_plugin", None) is not None:
+    fsdp = getattr(accelerator.state, "fsdp_plugin", None)
+    if fsdp is not None and fsdp.fsdp_version == 2:
+        return _shard_frozen(model, accelerator)
+    if fsdp is not None:
         return find("trl.models.utils:prepare_fsdp")(model, accelerator)
     return accelerator.prepare_model(model, evaluation_mode=True)
+
+
+def _shard_frozen(model: Any, accelerator: Any) -> Any:
+    """FSDP2 by accelerate, which hands weights on where only the first process has read them (TRL's own does not).
+
+    The layers that are wrapped are the frozen model's own: it may be of another family than the trained one.
+    """
+    plugin = accelerator.state.fsdp_plugin
+    accelerator.state.fsdp_plugin = copy.copy(plugin)
+    accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = None
+    try:
+        return find("accelerate.utils:fsdp2_prepare_model")(accelerator, model)
+    finally:
+        accelerator.state.fsdp_plugin = plugin
 
 
 if __name__ == "__main__":

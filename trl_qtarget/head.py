@@ -70,6 +70,12 @@ def read_head(model: PreTrainedModel) -> Head:
     return Head(weight, bias, _logit_scale(config), softcap)
 
 
+def head_rows(model: PreTrainedModel) -> int:
+    """Rows of the model's output head, also where ZeRO-3 keeps none of them here."""
+    weight: Any = model.get_output_embeddings().weight
+    return getattr(weight, "ds_shape", weight.shape)[0]
+
+
 def _logit_scale(config: Any) -> float:
     """The factor on logits, under each name that transformers' configurations have for it."""
     for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
@@ -91,13 +97,16 @@ def _aux_loss(model: PreTrainedModel, outputs: Any, kwargs: dict) -> Tensor | No
 
 
 def gathered(*parameters: Tensor | None) -> contextlib.AbstractContextManager:
-    """Parameters that ZeRO-3 has split are whole inside this context; elsewhere it does nothing."""
-    split = [p for p in parameters if p is not None and hasattr(p, "ds_id")]
+    """Parameters that ZeRO-3 has split are whole inside this context; elsewhere it does nothing.
+
+    What is whole already is in use by a forward pass that goes on, and is left to that.
+    """
+    split = {id(p): p for p in parameters if hasattr(p, "ds_id") and p.ds_status.name != "AVAILABLE"}
     if not split:
         return contextlib.nullcontext()
     import deepspeed
 
-    return deepspeed.zero.GatheredParameters(split)
+    return deepspeed.zero.GatheredParameters(list(split.values()))
 
 
 @torch.no_grad()

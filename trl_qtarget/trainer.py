@@ -18,7 +18,7 @@ from . import compat
 from .checks import compare_tokenizers, mean_nll, refuse, trusted_ids
 from .config import TargetSFTConfig, as_target_config
 from .data import TOKEN_COLUMNS, TokenColumnCollator, prepared, shifted, token_columns, trajectories
-from .head import ScoredOutput, Scorer, check_head, install
+from .head import ScoredOutput, Scorer, check_head, head_rows, install
 from .loss import LabelCount
 from .metrics import TokenSums
 from .reference import IGNORE
@@ -144,7 +144,7 @@ class TargetSFTTrainer(SFTTrainer):
     def _use_cache(self) -> None:
         if self._is_vision_dataset:
             raise ValueError("A teacher cache holds sequences of text: for images pass teacher_model_name_or_path.")
-        columns = len(base_model(self.model).get_output_embeddings().weight)
+        columns = head_rows(base_model(self.model))
         cache = open_cache(self.args, self._tokenizer, columns, by_name(self.train_dataset, self.eval_dataset))
         made = cache.settings
         self.accelerator.print(f"Teacher: {made.teacher}, {made.k} ids a label from {len(cache)} cached sequences")
@@ -153,7 +153,7 @@ class TargetSFTTrainer(SFTTrainer):
 
     def _common_columns(self, teacher: Any) -> int | None:
         """Over how many first ids the two are compared, with all data held to them; None for every row of both."""
-        ours, theirs = (len(m.get_output_embeddings().weight) for m in (base_model(self.model), teacher))
+        ours, theirs = (head_rows(m) for m in (base_model(self.model), teacher))
         columns, report = common_columns(self._agreement, len(self._tokenizer), ours, theirs)
         self.accelerator.print(report)
         if columns is not None:
