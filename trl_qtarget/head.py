@@ -96,7 +96,7 @@ def _aux_loss(model: PreTrainedModel, outputs: Any, kwargs: dict) -> Tensor | No
     return balancing_loss(outputs.router_logits, experts, config.num_experts_per_tok, kwargs.get("attention_mask"))
 
 
-def gathered(*parameters: Tensor | None) -> contextlib.AbstractContextManager:
+def gathered(*parameters: Any) -> contextlib.AbstractContextManager:
     """Parameters that ZeRO-3 has split are whole inside this context; elsewhere it does nothing.
 
     What is whole already is in use by a forward pass that goes on, and is left to that.
