@@ -6,6 +6,7 @@ A release that moves one of them is caught when a trainer is made, by name, and 
 from __future__ import annotations
 
 import copy
+import os
 from collections import defaultdict
 from typing import Any
 
@@ -46,6 +47,16 @@ def create_model(path: str, **kwargs: Any) -> Any:
 def tensor_parallel_size(trainer: Any) -> int:
     """How many ranks were given the same batch."""
     return getattr(trainer, "_tp_size", 1)
+
+
+def parallelism_config(args: Any) -> Any:
+    """What the arguments say of it or, as accelerate reads it, what its launcher left in the environment; or None."""
+    given = getattr(args, "parallelism_config", None)
+    if given is None and os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "false").lower() == "true":
+        from accelerate.parallelism_config import ParallelismConfig
+
+        given = ParallelismConfig()
+    return given
 
 
 def sequence_parallel_size(parallelism_config: Any) -> int:
