@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import warnings
 from collections.abc import Iterable
@@ -17,6 +18,7 @@ from . import compat
 from .config import TargetSFTConfig
 from .reference import IGNORE
 from .target import Target
+from .teachers.loading import adapters_of, adapts_head, base_model, has_virtual_tokens
 from .teachers.vocab import PROBES, Agreement, compare, texts_of
 
 
@@ -90,22 +92,89 @@ def refuse(args: TargetSFTConfig, target: Target, teacher: Any, kwargs: dict[str
             f"{args.n_gpu} GPUs are visible to one process, and nn.DataParallel would score all parts of a batch "
             "with the first model. Launch with accelerate or torchrun, or set CUDA_VISIBLE_DEVICES to one GPU."
         )
-    targets = getattr(kwargs.get("peft_config"), "target_modules", None) or ()
-    if "lm_head" in ({targets} if isinstance(targets, str) else targets):
+    _refuse_parallelism(compat.parallelism_config(args), target, loss)
+    if target.whole_batch and (args.packing or args.eval_packing) and args.packing_strategy == "wrapped":
         raise ValueError(
-            "An adapter on lm_head would never be trained, since the loss multiplies by the head's own weight: remove "
-            "it from target_modules, or put lm_head into modules_to_save."
+            f"Loss {loss!r} cannot tell trajectories apart in wrapped packing: set packing_strategy to 'bfd'."
         )
-    if compat.sequence_parallel_size(getattr(args, "parallelism_config", None)) > 1 and (
-        takes_model or "snapshot" in target.needs or target.whole_batch
-    ):
+
+
+def _refuse_parallelism(config: Any, target: Target, loss: str) -> None:
+    """Ways to split one sequence or one layer over ranks under which this loss would be wrong, or was never seen."""
+    second_model = target.reads_model() or "snapshot" in target.needs
+    if compat.sequence_parallel_size(config) > 1 and (second_model or target.whole_batch):
         raise ValueError(
             f"Loss {loss!r} cannot be trained with sequence parallelism: a second model would attend within each "
             "rank's part of the sequence only. Use a loss without teacher or reference, or sp_size=1."
         )
-    if target.whole_batch and (args.packing or args.eval_packing) and args.packing_strategy == "wrapped":
+    for name, kind in (("cp_size", "Context"), ("tp_size", "Tensor")):
+        if (getattr(config, name, None) or 1) > 1:
+            raise ValueError(
+                f"{kind} parallelism ({name}={getattr(config, name)}) is not verified with the losses of trl_qtarget: "
+                f"set {name}=1, and shard with FSDP2 or ZeRO-3 instead."
+            )
+
+
+def refuse_model(model: Any, teacher: Any, args: TargetSFTConfig, peft_config: Any) -> None:
+    """Models and adapters of which a part would not be trained, not be read, or be put elsewhere than was asked."""
+    _refuse_split_model(model, args.model_init_kwargs, "The student", args)
+    _refuse_split_model(teacher, args.teacher_model_init_kwargs, "The teacher", args)
+    if peft_config is not None and adapts_head(peft_config, _head_names(model)):
         raise ValueError(
-            f"Loss {loss!r} cannot tell trajectories apart in wrapped packing: set packing_strategy to 'bfd'."
+            "An adapter on lm_head would never be trained, since the loss multiplies by the head's own weight: remove "
+            "it from target_modules, or put lm_head into modules_to_save."
+        )
+    for given, remedy in ((model, "train another adapter"), (teacher, "pass teacher.merge_and_unload()")):
+        if any(adapts_head(config, _head_names(given)) for config in adapters_of(given)):
+            raise ValueError(
+                f"The given PeftModel has an adapter on lm_head, which would be left out of its logits: {remedy}."
+            )
+    virtual = has_virtual_tokens(model) or getattr(peft_config, "is_prompt_learning", False)
+    if virtual and (args.padding_free or (args.packing and args.packing_strategy != "wrapped")):
+        raise ValueError(
+            "With prompt learning PEFT drops position_ids, and the rows that packing or padding_free join would read "
+            "each other: turn both off."
+        )
+    if virtual and compat.sequence_parallel_size(compat.parallelism_config(args)) > 1:
+        raise ValueError(
+            "With prompt learning each rank of a split sequence would get virtual tokens of its own: set sp_size=1, "
+            "or train a LoRA."
+        )
+    if args.activation_offloading and args.device.type == "cpu":
+        raise ValueError("activation_offloading moves activations to the CPU, and this run is there: leave it out.")
+
+
+def _refuse_split_model(model: Any, init_kwargs: Any, whose: str, args: TargetSFTConfig) -> None:
+    """One model over all devices of one process, under several processes."""
+    if args.distributed_state.distributed_type == "NO":
+        return
+    device_map = (
+        (init_kwargs or {}).get("device_map") if isinstance(model, str) else getattr(model, "hf_device_map", {})
+    )
+    if isinstance(device_map, str) or len(set((device_map or {}).values())) > 1:
+        raise ValueError(
+            f"{whose} has device_map={device_map!r}, which spreads it over the devices of one process, and this run "
+            "has several: leave device_map out, and each gets its copy, or its shard with FSDP or ZeRO-3."
+        )
+
+
+def _head_names(model: Any) -> list[str]:
+    """What the output head may be called in a configuration of adapters."""
+    if isinstance(model, str):
+        return ["lm_head"]
+    base = base_model(model)
+    head = base.get_output_embeddings()
+    return ["lm_head", *(name for name, module in base.named_modules() if module is head)]
+
+
+def refuse_images(model: Any) -> None:
+    """A model that would not see the images that the data has."""
+    if has_virtual_tokens(model):
+        raise ValueError("Prompt learning replaces the ids by which images are placed: train a LoRA instead.")
+    if "pixel_values" not in inspect.signature(base_model(model).forward).parameters:
+        raise ValueError(
+            f"The data has images, and {type(base_model(model)).__name__} reads none: it would take their "
+            "placeholders for text. Give a vision-language teacher of the student's own kind, or data without images."
         )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import os
 import pkgutil
 import platform
 import warnings
@@ -198,6 +199,16 @@ def balancing_loss(router_logits: Any, experts: int, chosen: int, attention_mask
 def tensor_parallel_size(trainer: Any) -> int:
     """How many ranks were given the same batch."""
     return getattr(trainer, "_tp_size", 1)
+
+
+def parallelism_config(args: Any) -> Any:
+    """What the arguments say of it or, as accelerate reads it, what its launcher left in the environment; or None."""
+    given = getattr(args, "parallelism_config", None)
+    if given is None and os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "false").lower() == "true":
+        from accelerate.parallelism_config import ParallelismConfig
+
+        given = ParallelismConfig()
+    return given
 
 
 def sequence_parallel_size(parallelism_config: Any) -> int:

@@ -65,7 +65,9 @@ def read_head(model: PreTrainedModel) -> Head:
     """The model's output head, with the scale and the softcap its configuration puts on logits."""
     head: Any = model.get_output_embeddings()
     config = model.config.get_text_config()
-    weight, bias = (x.full_tensor() if hasattr(x, "full_tensor") else x for x in (head.weight, head.bias))
+    # PEFT's wrapper around a tied head of which single rows are trained has a weight of its own and no bias
+    bias = head.bias if hasattr(head, "bias") else head.original_module.bias
+    weight, bias = (x.full_tensor() if hasattr(x, "full_tensor") else x for x in (head.weight, bias))
     softcap = next((getattr(config, name) for name in SOFTCAPS if getattr(config, name, None) is not None), None)
     return Head(weight, bias, _logit_scale(config), softcap)
 

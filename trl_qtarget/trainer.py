@@ -15,7 +15,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTConfig, SFTTrainer
 
 from . import compat
-from .checks import compare_tokenizers, mean_nll, refuse, trusted_ids
+from .checks import compare_tokenizers, mean_nll, refuse, refuse_images, refuse_model, trusted_ids
 from .config import TargetSFTConfig, as_target_config
 from .data import TOKEN_COLUMNS, TokenColumnCollator, prepared, shifted, token_columns, trajectories
 from .head import ScoredOutput, Scorer, check_head, head_rows, install
@@ -24,7 +24,7 @@ from .metrics import TokenSums
 from .reference import IGNORE
 from .target import Target
 from .teachers.base import ProjectedLogits, TopKLogits
-from .teachers.loading import base_model, copy_of_initial, load_teacher
+from .teachers.loading import base_model, copy_of_initial, has_virtual_tokens, load_teacher
 from .teachers.models import FrozenModel, Remembered, evaluating, within_student
 from .teachers.offline import TEACHER_COLUMNS, CachedTeacherCollator, by_name, open_cache
 from .teachers.vocab import Agreement, KnownIds, common_columns
@@ -96,6 +96,7 @@ class TargetSFTTrainer(SFTTrainer):
             raise ValueError("teacher_model and teacher_cache are both given: leave one of them out.")
         teacher_model = teacher_model or (None if args.teacher_cache else args.teacher_model_name_or_path)
         refuse(args, self.target, teacher_model or args.teacher_ema_decay, kwargs)
+        refuse_model(model, teacher_model, args, kwargs.get("peft_config"))
         self._agreement: Agreement | None = None
         self._given = token_columns(kwargs.get("train_dataset"), kwargs.get("eval_dataset"))
         if teacher_model is not None and self._needs_model():
@@ -108,7 +109,11 @@ class TargetSFTTrainer(SFTTrainer):
         if elsewhere is None and self._needs_model():
             reference = copy_of_initial(model, args, kwargs.get("peft_config"))
         super().__init__(model, args, **kwargs)
+        # most vision-language models say no, and Trainer would take a mean over micro-batches of unequal lengths
+        self.model_accepts_loss_kwargs = True
         compat.check_trainer(self)
+        if self._is_vision_dataset:
+            refuse_images(self.model)
         if not self._is_vision_dataset:
             self.data_collator = TokenColumnCollator(self.data_collator)
         elif self._given:
@@ -138,6 +143,8 @@ class TargetSFTTrainer(SFTTrainer):
             return inside
         if isinstance(teacher, str):
             teacher = load_teacher(teacher, self.args)
+        if self._is_vision_dataset:
+            refuse_images(teacher)
         self._columns = self._common_columns(teacher)
         return FrozenModel(teacher, self.accelerator)
 
@@ -220,7 +227,8 @@ class TargetSFTTrainer(SFTTrainer):
         """The loss of this batch: what the teacher sees of it, and what is known of its tokens."""
         scorer = Scorer(self.target, self.args.qtarget_backend, self.args.qtarget_chunk_size, self._columns)
         scorer.check = not self._checked
-        scorer.labelled = LabelCount(inputs["labels"][:, 1:]) if "shift_labels" not in inputs else None
+        if "shift_labels" not in inputs and not has_virtual_tokens(self.model):  # these predict the very first label
+            scorer.labelled = LabelCount(inputs["labels"][:, 1:])
         read = {name: x for name, x in columns.items() if self.target.reads_column(name)}
         for name in read.keys() & set(TOKEN_COLUMNS):
             setattr(scorer, name, read[name])

@@ -1,0 +1,228 @@
+"""Every family of models trains its loss: beside its own logits, beside TRL, and however a step is cut."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import conftest
+import pytest
+import torch
+import zoo
+from datasets import Dataset
+from peft import (
+    IA3Config,
+    LoraConfig,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+    TrainableTokensConfig,
+)
+from trl import SFTConfig, SFTTrainer
+
+from trl_qtarget import TargetSFTConfig, TargetSFTTrainer, build, reference_loss
+
+
+# PEFT says that merging such an adapter would change the head too; while it is trained, logits are the base head's
+pytestmark = pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`", "ignore:.*tie_word_embeddings")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A student, its adapters, its data."""
+
+    student: Callable[..., Any]
+    peft: Any = None
+    processor: Callable[[], Any] | None = None
+    data: Callable[[], list[dict]] | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def teacher(self) -> Any:
+        return self.student(seed=2, wider=2)
+
+
+def lora(**options: Any) -> LoraConfig:
+    given = {"r": 4, "target_modules": ["q_proj", "v_proj"], "lora_dropout": 0.0, "init_lora_weights": False}
+    return LoraConfig(**{**given, **options})
+
+
+def prompt(config: type, **options: Any) -> Any:
+    return config(task_type="CAUSAL_LM", num_virtual_tokens=3, **options)
+
+
+def texts() -> list[dict]:
+    """Rows whose very first token is learnt where virtual tokens stand before it."""
+    return [{"text": row["prompt"] + row["completion"]} for row in conftest.make_rows(16)]
+
+
+TIED, UNTIED = zoo.FAMILIES["Qwen3, tied"], zoo.FAMILIES["Qwen3, untied"]
+ADAPTERS = {
+    "LoRA": lora(),
+    "DoRA": lora(use_dora=True),
+    "LoRA, head saved": lora(modules_to_save=["lm_head"]),
+    "LoRA, head and embeddings saved": lora(modules_to_save=["lm_head", "embed_tokens"]),
+    "LoRA, new tokens": lora(trainable_token_indices={"embed_tokens": [2, 3]}),
+    "IA3": IA3Config(target_modules=["k_proj", "v_proj"], feedforward_modules=[]),
+    "trainable tokens": TrainableTokensConfig(target_modules=["embed_tokens"], token_indices=[2, 3, 5]),
+    "prompt tuning": prompt(PromptTuningConfig),
+    "P-tuning": prompt(PromptEncoderConfig, encoder_hidden_size=16),
+    "prefix tuning": prompt(PrefixTuningConfig),
+}
+CELLS = {name: Cell(make) for name, make in zoo.FAMILIES.items()}
+CELLS |= {name: Cell(UNTIED, peft=config) for name, config in ADAPTERS.items()}
+CELLS["LoRA, new tokens, tied"] = Cell(TIED, peft=ADAPTERS["LoRA, new tokens"])
+CELLS["LoRA on tied embeddings"] = Cell(TIED, peft=lora(target_modules=["q_proj", "embed_tokens"]))
+CELLS["prompt tuning, whole texts"] = Cell(UNTIED, peft=ADAPTERS["prompt tuning"], data=texts)
+for name, (make, processor) in zoo.VISION.items():
+    CELLS[f"{name}, images"] = Cell(make, processor=processor, data=zoo.picture_rows)
+    CELLS[f"{name}, text"] = Cell(make, processor=processor, data=lambda: zoo.picture_rows(images=False))
+    CELLS[f"{name}, images, LoRA"] = Cell(make, lora(), processor, zoo.picture_rows)
+
+
+def cells(essential: tuple[str, ...], without: tuple[str, ...] = ()) -> list:
+    """Names of cells; all but the essential ones are slow."""
+    names = [name for name in CELLS if name not in without]
+    return [name if name in essential else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+QUIET = {
+    "use_cpu": True, "bf16": False, "gradient_checkpointing": False, "report_to": "none", "disable_tqdm": True,
+    "save_strategy": "no", "logging_steps": 1, "optim": "sgd", "learning_rate": 0.05, "lr_scheduler_type": "constant",
+    "per_device_train_batch_size": 4, "max_steps": 6,
+}  # fmt: skip
+
+
+@pytest.fixture
+def make(tokenizer, rows, tmp_path):
+    """`make(cell, loss=..., teacher=..., **options)`: its trainer. TRL's own where `loss` is None."""
+
+    def run(cell, loss=None, teacher=None, student=None, **options):
+        args = {**QUIET, "output_dir": str(tmp_path), **cell.options, **options}
+        trainer, args = (SFTTrainer, SFTConfig(**args)) if loss is None else (
+            TargetSFTTrainer, TargetSFTConfig(loss=loss, **args)
+        )  # fmt: skip
+        kwargs = {} if teacher is None else {"teacher_model": teacher}
+        return trainer(
+            student or cell.student(),
+            args,
+            train_dataset=Dataset.from_list(cell.data() if cell.data else rows(16)),
+            processing_class=cell.processor() if cell.processor else tokenizer,
+            peft_config=copy.deepcopy(cell.peft),
+            **kwargs,
+        )
+
+    return run
+
+
+def steps(trainer, *names) -> list[list[float]]:
+    """What each step of its training logs."""
+    trainer.train()
+    return [[entry[name] for name in names] for entry in trainer.state.log_history if "grad_norm" in entry]
+
+
+def same(a, b, rel=1e-5):
+    assert len(a) == len(b) > 0
+    for x, y in zip(a, b, strict=True):
+        assert x == pytest.approx(y, rel=rel)
+
+
+# Beside the model's own logits
+
+
+def doubled(model):
+    """In double precision, where an error is one of the mathematics. Only one way of running experts knows it."""
+    model.set_experts_implementation("eager")
+    return model.double()
+
+
+def own_loss(trainer, batch, loss, taught, tokens):
+    """The loss from logits of the models' own forwards, and from the specification."""
+    plain = {name: x for name, x in batch.items() if name != "labels"}
+    if trainer.aux_loss_enabled:
+        plain["output_router_logits"] = True
+    labels = batch["labels"][:, 1:]
+    learnt = labels != -100
+    out = trainer.model(**plain)
+    logits = out.logits[:, -batch["labels"].shape[1] :][:, :-1]  # without virtual tokens
+    with torch.no_grad():
+        taught = taught(**plain).logits[:, :-1]
+    value = reference_loss(logits[learnt], labels[learnt], build(loss), taught[learnt]) / tokens
+    return value + trainer.router_aux_loss_coef * out.aux_loss if trainer.aux_loss_enabled else value
+
+
+def value_and_gradients(loss, model):
+    model.zero_grad()
+    loss.backward()
+    return loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("loss", ["target_sft", pytest.param("asft", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", CELLS)
+def test_it_is_the_loss_of_the_models_own_logits(make, name, loss):
+    cell = CELLS[name]
+    student, teacher = doubled(cell.student()), doubled(cell.teacher())
+    taught = copy.deepcopy(teacher if loss == "target_sft" else student).eval()
+    trainer = make(cell, loss, teacher if loss == "target_sft" else None, student)
+    trainer.model.double().train()
+    batch = next(iter(trainer.get_train_dataloader()))
+    batch = {name: x.double() if x.is_floating_point() else x for name, x in batch.items()}
+    tokens = torch.tensor(37)  # of a step of which this batch is a part
+    trainer.current_gradient_accumulation_steps = 1
+    ours, gradients = value_and_gradients(
+        trainer.compute_loss(trainer.model, dict(batch), num_items_in_batch=tokens), trainer.model
+    )
+    own, expected = value_and_gradients(own_loss(trainer, batch, loss, taught, tokens), trainer.model)
+    torch.testing.assert_close(ours, own, rtol=1e-6, atol=0)
+    assert gradients.keys() == expected.keys()
+    for parameter, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected[parameter], rtol=1e-6, atol=1e-9, msg=parameter)
+
+
+# Beside TRL
+
+BY_US_ALONE = ("LoRA, new tokens, tied",)  # TRL asks PEFT's wrapper of a tied head for a bias, which it has not
+
+
+@pytest.mark.parametrize("name", cells(essential=("Gemma3, images", "DoRA"), without=BY_US_ALONE))
+def test_nll_is_trls_step_for_step(make, name):
+    names = ["loss", "grad_norm", "entropy", "mean_token_accuracy", "num_tokens"]
+    same(steps(make(CELLS[name], "nll"), *names), steps(make(CELLS[name]), *names), 1e-4)
+
+
+# However a step is cut
+
+CUTS = ((4, 1), (2, 2), (1, 4))  # rows of a micro-batch, micro-batches
+
+
+@pytest.fixture
+def cut(make):
+    """`cut(cell, loss, (rows, micro_batches), *names)`: what six steps of four rows log."""
+
+    def run(cell, loss, how, *names, **options):
+        taught = {"teacher": cell.teacher()} if loss == "target_sft" else {}
+        rows, micro_batches = how
+        options |= {"per_device_train_batch_size": rows, "gradient_accumulation_steps": micro_batches}
+        return steps(make(cell, loss, **taught, **options), *names)
+
+    return run
+
+
+@pytest.mark.parametrize("loss", ["target_sft", pytest.param("asft", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", cells(essential=("Qwen2.5-VL, images",)))
+def test_a_step_is_a_step_however_it_is_cut(cut, name, loss):
+    """Without the balancing loss of experts, which is a mean of each micro-batch by definition."""
+    options = {"router_aux_loss_coef": 0.0} if name in zoo.MIXTURES else {}
+    whole, *parts = (cut(CELLS[name], loss, how, "loss", "grad_norm", **options) for how in CUTS)
+    for part in parts:
+        same(part, whole, 1e-4)
+    plain = cut(CELLS[name], "nll", CUTS[0], "loss", "grad_norm", **options)
+    assert abs(whole[-1][0] - plain[-1][0]) > 0.01
+
+
+@pytest.mark.parametrize("loss", ["target_sft", pytest.param("asft", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["Mixtral", *(pytest.param(n, marks=pytest.mark.slow) for n in zoo.MIXTURES[::2])])
+def test_the_balancing_loss_is_added_once(cut, name, loss):
+    without = cut(CELLS[name], loss, CUTS[0], "loss", router_aux_loss_coef=0.0, max_steps=1)
+    for how in CUTS:
+        ((total, aux),) = cut(CELLS[name], loss, how, "loss", "aux_loss", max_steps=1)
+        assert total - 0.1 * aux == pytest.approx(without[0][0], rel=1e-4)
