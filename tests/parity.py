@@ -90,6 +90,7 @@ def foreign_teacher() -> Any:
 CASES = {
     "tied": Case(functools.partial(conftest.make_model, seed=1), TEACHER),
     "untied": Case(functools.partial(conftest.make_model, seed=1, tie=False), TEACHER),
+    "converted": Case(functools.partial(conftest.make_model, seed=1), TEACHER),  # its weights come from a checkpoint
     "foreign": Case(functools.partial(conftest.make_model, seed=1), foreign_teacher),
 }
 

@@ -96,4 +96,5 @@ def resumed() -> list[Cell]:
     ]
 
 
-CELLS = losses() + batching() + resumed()
+CONVERTED = Cell("resumed", "target_sft from weights of a ZeRO-2 checkpoint", "zero3", "target_sft", "converted")
+CELLS = losses() + batching() + resumed() + [CONVERTED]
