@@ -333,17 +333,6 @@ def test_env_of_a_file(tmp_path, monkeypatch):
     assert os.environ["QTARGET_TEST"] == "3"
 
 
-RECIPES = sorted(file for file in ROOT.glob("recipes/**/*.yaml") if file.parent.name != "accelerate")
-
-
-@pytest.mark.parametrize("file", RECIPES, ids=lambda file: str(file.relative_to(ROOT)))
-def test_every_recipe_is_understood(file, monkeypatch):
-    from trl_qtarget.scripts.sft import make_parser
-
-    monkeypatch.setattr(os, "environ", os.environ.copy())
-    make_parser().parse(["--config", str(file), "--use_cpu", "--bf16", "false"])
-
-
 # sft: before the launch
 
 

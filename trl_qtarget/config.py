@@ -120,7 +120,7 @@ class TargetSFTConfig(SFTConfig):
 
     def __post_init__(self):
         for name in ("loss_kwargs", "teacher_model_init_kwargs"):
-            setattr(self, name, _mapping(name, getattr(self, name)))
+            setattr(self, name, as_mapping(name, getattr(self, name)))
         super().__post_init__()
         self.target()
         self._check_what_would_be_ignored()
@@ -178,7 +178,7 @@ def as_target_config(args: Any, model: Any, teacher: Any) -> TargetSFTConfig:
     return TargetSFTConfig(**given, loss=published if teacher is None else "target_sft")
 
 
-def _mapping(name: str, value: Any) -> dict[str, Any] | None:
+def as_mapping(name: str, value: Any) -> dict[str, Any] | None:
     """A dict option as YAML, JSON on the command line, or Python gave it."""
     if isinstance(value, str):
         try:

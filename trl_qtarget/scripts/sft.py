@@ -61,8 +61,30 @@ PROG = "trl-qtarget sft"
 
 
 @dataclass
-class SFTScriptArguments(ScriptArguments):
-    """TRL's, and an option that Transformers had until version 5."""
+class ConversationArguments(ScriptArguments):
+    """TRL's, and how columns of other names become a conversation."""
+
+    dataset_conversation: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Texts of user, assistant and, if wanted, system, with columns of the data in braces, e.g. "
+            '\'{"user": "{problem}", "assistant": "{solution}"}\'.'
+        },
+    )
+
+    def __post_init__(self):
+        if self.dataset_conversation is None:
+            return
+        from trl_qtarget.config import as_mapping
+        from trl_qtarget.scripts.conversations import check
+
+        self.dataset_conversation = as_mapping("dataset_conversation", self.dataset_conversation)
+        check(self.dataset_conversation)
+
+
+@dataclass
+class SFTScriptArguments(ConversationArguments):
+    """Also with an option that Transformers had until version 5."""
 
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Train even though `output_dir` holds a finished model, and replace it."}
@@ -137,7 +159,11 @@ def _split(data: Any, option: str, script_args) -> Any:
             f"The data has no split {name!r}, it has {', '.join(map(repr, data))}: pass --{option}, or for the test "
             "split of `datasets` set test_split_size."
         )
-    return data[name]
+    if script_args.dataset_conversation is None:
+        return data[name]
+    from trl_qtarget.scripts.conversations import converse
+
+    return converse(data[name], script_args.dataset_conversation)
 
 
 def make_parser(
@@ -149,7 +175,7 @@ def make_parser(
     from trl_qtarget import TargetSFTConfig
 
     has_overwrite = "overwrite_output_dir" in TargetSFTConfig.__dataclass_fields__  # Transformers 4
-    script = ScriptArguments if has_overwrite else SFTScriptArguments
+    script = ConversationArguments if has_overwrite else SFTScriptArguments
     kinds = (script, TargetSFTConfig, ModelConfig, DatasetMixtureConfig, *more)
     if subparsers is not None:
         return subparsers.add_parser("sft", help="Run the SFT training script", dataclass_types=kinds)
