@@ -26,7 +26,7 @@ import conftest
 import torch
 
 
-CELLS_OF = ["parity_engines"]  # modules with a list CELLS
+CELLS_OF = ["parity_engines", "parity_models"]  # modules with a list CELLS
 TESTS = Path(__file__).parent
 BATCH, STEPS, SAVE_EVERY, VOCAB_KEPT = 8, 6, 2, 32
 STEP_METRICS = ["loss", "grad_norm", "nll", "qtarget/trust", "qtarget/moved", "qtarget/grad_mass", "num_tokens"]

@@ -1,8 +1,9 @@
 """Families of models, each as small as it gets: made from a configuration, with random weights and nothing downloaded.
 
-`FAMILIES[name]` makes the student (`seed=1`) or a teacher (another seed, wider where the family allows).
+`FAMILIES[name]()` makes the student (`seed=1`) or a teacher (another seed, wider where the family allows).
 """
 
+import copy
 import random
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +11,15 @@ from typing import Any
 import conftest
 import torch
 import transformers
+from peft import (
+    IA3Config,
+    LoraConfig,
+    PeftConfig,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+    TrainableTokensConfig,
+)
 from PIL import Image
 from transformers import (
     Gemma3Config,
@@ -59,6 +69,37 @@ FAMILIES: dict[str, Callable[..., PreTrainedModel]] = {
     "GPT-OSS": family("GptOss", **EXPERTS, num_local_experts=4),
 }
 MIXTURES = ("Qwen3-MoE", "Mixtral", "GPT-OSS")
+
+
+# Adapters
+
+
+def lora(**options: Any) -> LoraConfig:
+    given = {"r": 4, "target_modules": ["q_proj", "v_proj"], "lora_dropout": 0.0, "init_lora_weights": False}
+    return LoraConfig(**{**given, **options})
+
+
+def prompt(config: type, **options: Any) -> Any:
+    return config(task_type="CAUSAL_LM", num_virtual_tokens=3, **options)
+
+
+ADAPTERS = {
+    "LoRA": lora(),
+    "DoRA": lora(use_dora=True),
+    "LoRA, head saved": lora(modules_to_save=["lm_head"]),
+    "LoRA, head and embeddings saved": lora(modules_to_save=["lm_head", "embed_tokens"]),
+    "LoRA, new tokens": lora(trainable_token_indices={"embed_tokens": [2, 3]}),
+    "IA3": IA3Config(target_modules=["k_proj", "v_proj"], feedforward_modules=[]),
+    "trainable tokens": TrainableTokensConfig(target_modules=["embed_tokens"], token_indices=[2, 3, 5]),
+    "prompt tuning": prompt(PromptTuningConfig),
+    "P-tuning": prompt(PromptEncoderConfig, encoder_hidden_size=16),
+    "prefix tuning": prompt(PrefixTuningConfig),
+}
+
+
+def adapter(name: str) -> PeftConfig:
+    """A configuration of one's own, since PEFT writes into the one it is given."""
+    return copy.deepcopy(ADAPTERS[name])
 
 
 # Vision-language models, with a processor that needs neither torchvision nor a download
@@ -111,6 +152,9 @@ class ImagesOnly(Qwen2_5_VLProcessor):
 
     def check_argument_for_proper_class(self, argument_name, argument):
         return type(argument)
+
+    def save_pretrained(self, save_directory, **kwargs):
+        return self.tokenizer.save_pretrained(save_directory, **kwargs)
 
 
 def qwen_vl_processor() -> Any:

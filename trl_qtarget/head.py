@@ -56,9 +56,14 @@ def install(model: PreTrainedModel) -> None:
         if shifted is None and labels is not None:
             shifted = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE)
         shifted = None if shifted is None else shifted.to(hidden.device)
-        return qtarget(hidden, shifted, head, _aux_loss(self, outputs, kwargs))
+        return _read(qtarget, hidden, shifted, head, _aux_loss(self, outputs, kwargs))
 
     model.forward = types.MethodType(forward, model)
+
+
+@torch.compiler.disable  # rows, tiles and kernels are chosen by the data, which a compiled model need not follow
+def _read(reader: Reader, *given: Any) -> Any:
+    return reader(*given)
 
 
 def read_head(model: PreTrainedModel) -> Head:
