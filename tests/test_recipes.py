@@ -102,6 +102,7 @@ def test_two_steps(file, tmp_path, student_dir, teacher_dir):
         "use_cpu": True,
         "bf16": False,
     }
+    settings.setdefault("loss", "nll")  # recipes of TRL's own loss serve `trl sft` too, which knows no such key
     if "teacher_model_name_or_path" in settings:
         settings["teacher_model_name_or_path"] = teacher_dir
     recipe = tmp_path / "recipe.yaml"

@@ -61,7 +61,7 @@ def install(model: PreTrainedModel) -> None:
     model.forward = types.MethodType(forward, model)
 
 
-@torch.compiler.disable  # rows, tiles and kernels are chosen by the data, which a compiled model need not follow
+@torch.compiler.disable()  # rows, tiles and kernels are chosen by the data, which a compiled model need not follow
 def _read(reader: Reader, *given: Any) -> Any:
     return reader(*given)
 
