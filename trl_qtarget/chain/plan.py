@@ -120,10 +120,9 @@ def read(file: str) -> Chain:
         found += wrong
         if draft is not None:
             drafts.append(draft)
-    names = [name for draft in drafts for name in {draft.name, f"{draft.name}-merge"}]
-    found += [
-        f"stage {name}: is there twice, give it a `name`" for name in sorted({n for n in names if names.count(n) > 1})
-    ]
+    names = [draft.name for draft in drafts]
+    taken = {name for name in names if names.count(name) > 1 or name.removesuffix("-merge") in {*names} - {name}}
+    found += [f"stage {name}: the name is taken, give it another `name`" for name in sorted(taken)]
     found += [f"{where}: {why}" for where, why in _secrets(defaults, drafts)]
     if found:
         raise Mistakes(*found)
