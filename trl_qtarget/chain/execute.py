@@ -11,7 +11,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -95,23 +95,34 @@ def execute(
     from ..scripts.launching import children_stopped
 
     environment = os.environ | {MARK: str(stage.folder.resolve()), "PYTHONUNBUFFERED": "1"}
-    with stage.log.open("w" if fresh else "a", encoding="utf-8") as log, children_stopped():
+    call = [sys.executable, "-m", "trl_qtarget", *words]
+    process = None
+    with stage.log.open("w" if fresh else "a", encoding="utf-8") as log:
         start = log.tell()
-        call = [sys.executable, "-m", "trl_qtarget", *words]
-        process = subprocess.Popen(call, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
-        with stage.log.open(encoding="utf-8", errors="replace", newline="") as reader:
-            reader.seek(start)
-            rest, first = "", fresh
-            while True:
-                ended = process.poll() is not None
-                *lines, rest = re.split(r"[\r\n]", rest + reader.read())
-                for row in metrics(lines + ([rest] if ended else [])):
+        try:
+            with children_stopped():
+                process = subprocess.Popen(call, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
+                for row in _rows(stage.log, start, process):
                     show(row)
-                    if first:
-                        first = False
+                    if fresh:
+                        fresh = False
                         check_step0(stage, row)
-                if ended:
-                    return process.returncode
+                return process.returncode
+        finally:
+            if process is not None:
+                process.wait()  # it has ended, or was
+
+
+def _rows(log: Path, start: int, process: subprocess.Popen) -> Iterator[dict[str, float]]:
+    """The metrics that a process writes into its log, until it ends."""
+    with log.open(encoding="utf-8", errors="replace", newline="") as reader:
+        reader.seek(start)
+        rest, ended = "", False
+        while not ended:
+            ended = process.poll() is not None
+            *lines, rest = re.split(r"[\r\n]", rest + reader.read())
+            yield from metrics([*lines, rest] if ended else lines)
+            if not ended:
                 time.sleep(POLL)
 
 
