@@ -71,6 +71,21 @@ def evaluate(argv: list[str]) -> int:
     return 0
 
 
+def merge(argv: list[str]) -> int:
+    """Merge a LoRA adapter into its base model, and check the result"""
+    from .scripts import merge as script
+
+    script.main(*script.make_parser(prog=f"{PROG} merge").parse_args_and_config(argv))
+    return 0
+
+
+def chain(argv: list[str]) -> int:
+    """Run stages (sft, dpo, grpo, ...) from one YAML file, resumable"""
+    from .chain import run
+
+    return run.main(argv)
+
+
 def losses(argv: list[str]) -> int:
     """List the losses, or describe one of them"""
     parser = argparse.ArgumentParser(prog=f"{PROG} losses", description=losses.__doc__)
@@ -84,7 +99,14 @@ def losses(argv: list[str]) -> int:
     return 0
 
 
-COMMANDS: dict[str, Callable[[list[str]], int]] = {"sft": sft, "cache": cache, "losses": losses, "eval": evaluate}
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "sft": sft,
+    "cache": cache,
+    "merge": merge,
+    "chain": chain,
+    "losses": losses,
+    "eval": evaluate,
+}
 
 
 def _launch(script: Any, prog: str, argv: list[str]) -> int:

@@ -50,7 +50,7 @@ def launch(module: str, own: list[str], options: list[str], prog: str) -> int:
     args = make_launcher().parse_args([*options, "--module", module, *own])
     logging.getLogger(accelerate.__name__).addFilter(_is_news)
     try:
-        with _children_stopped():
+        with children_stopped():
             accelerate.launch_command(args)
         return 0
     except subprocess.CalledProcessError as ended:
@@ -73,7 +73,7 @@ def _is_news(record: logging.LogRecord) -> bool:
 
 
 @contextmanager
-def _children_stopped():
+def children_stopped():
     """Leave no process behind, whether the launch ends, fails, is interrupted or is terminated."""
 
     def terminate(number, frame):

@@ -68,7 +68,7 @@ class StrictParser(TrlParser):
         files = finder.parse_known_args(args)[0].config or []
         if len(files) > 1:
             self.error(f"--config is given {len(files)} times, one file is read.")
-        sources, launch = self._read_settings(files[0]) if files else ({}, [])
+        sources, launch = self.read_settings(files[0]) if files else ({}, [])
         options = {action.dest for action in self._actions}
         given, left = self.parse_known_args(args, argparse.Namespace(**dict.fromkeys(options, UNSET)))
         sources |= {name: "command line" for name, value in vars(given).items() if value is not UNSET}
@@ -97,7 +97,7 @@ class StrictParser(TrlParser):
 
     # The file
 
-    def _read_settings(self, file: str) -> tuple[dict[str, str], list[str]]:
+    def read_settings(self, file: str) -> tuple[dict[str, str], list[str]]:
         """Make the file's values the defaults. Returns where those came from, and accelerate's words."""
         try:
             settings = load(file)

@@ -1,0 +1,552 @@
+"""Chains of stages: what is refused before anything starts, what runs again, and that a killed one ends the same."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import trl_qtarget
+from trl_qtarget.chain import execute, keys, page, plan
+from trl_qtarget.cli import main
+
+
+ROOT = Path(trl_qtarget.__file__).parents[1]
+CPU = {"use_cpu": True, "bf16": False, "report_to": "none", "dtype": "float32", "max_steps": 2, "logging_steps": 1}
+REWARDS = "def short(completions, **columns):\n    return [-float(len(text)) for text in completions]\n"
+
+
+def data(name):
+    return {"datasets": [{"path": "json", "data_files": name}]}
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch, rows):
+    """A folder with data for every command, which the test runs in."""
+    monkeypatch.chdir(tmp_path)
+    made = rows(8)
+    files = {
+        "rows.jsonl": made,
+        "pairs.jsonl": [{"prompt": r["prompt"], "chosen": r["completion"], "rejected": "7"} for r in made],
+        "prompts.jsonl": [{"prompt": r["prompt"], "answer": r["completion"]} for r in made],
+    }
+    for name, content in files.items():
+        Path(name).write_text("\n".join(map(json.dumps, content)) + "\n")
+    Path("my_rewards.py").write_text(REWARDS)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.delitem(sys.modules, "my_rewards", raising=False)
+    return tmp_path
+
+
+@pytest.fixture
+def chain(workplace, student_dir):
+    """`chain(defaults, sft={...}, dpo={...})` writes sft -> dpo -> grpo with changes (None removes)."""
+    stages = {
+        "sft": {"loss": "dft", "model_name_or_path": student_dir, "use_peft": True, **data("rows.jsonl")},
+        "dpo": data("pairs.jsonl"),
+        "grpo": {"reward_funcs": "my_rewards.short", "num_generations": 4, **data("prompts.jsonl")},
+    }
+
+    def write(top=None, **changes):
+        entries = []
+        for name, settings in stages.items():
+            merged = {"name": name, "command": name, **settings, **changes.get(name, {})}
+            entries.append({key: value for key, value in merged.items() if value is not None})
+        content = {"output_dir": "runs", "defaults": CPU, "stages": entries, **(top or {})}
+        Path("chain.yaml").write_text(yaml.safe_dump(content))
+        return "chain.yaml"
+
+    return write
+
+
+LOG = {
+    "sft": ["{'loss': '2', 'nll': '3', 'epoch': '0.5'}", "{'loss': '1', 'nll': '2.5', 'epoch': '1'}"],
+    "merge": ["{'logit_difference': 1e-07}"],
+    "dpo": ["{'loss': '0.69', 'rewards/margins': '0', 'epoch': '1'}"],
+    "grpo": ["  0%|   | 0/2{'loss': '0', 'reward': '-1.5', 'kl': '0', 'epoch': '1'}\r"],
+}
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """The words of commands that are not run: each writes a file of its settings for a model; `fail` names one."""
+
+    class Started(list):
+        fail = None
+        log = LOG
+
+    calls = Started()
+
+    def run(stage, words, fresh, show):
+        calls.append(words)
+        rows = calls.log[stage.command]
+        stage.log.write_text("\n".join(rows) + "\n")
+        stage.output.mkdir(parents=True, exist_ok=True)
+        execute.check_step0(stage, execute.metrics(rows)[0])
+        if stage.name == calls.fail:
+            stage.log.write_text("10%|#| 1/2\nValueError: no luck\n")
+            return 1
+        (stage.output / "config.json").write_text(stage.config.read_text())
+        return 0
+
+    monkeypatch.setattr(execute, "execute", run)
+    return calls
+
+
+def ran(calls):
+    names = [Path(words[2]).parent.name for words in calls]
+    calls.clear()
+    return names
+
+
+def refused(config, capsys, *words):
+    assert main(["chain", "--config", config, *words]) == 2
+    assert not Path("runs").exists()
+    return [
+        line.removeprefix("trl-qtarget chain: ") for line in capsys.readouterr().err.splitlines() if "chain: " in line
+    ]
+
+
+# The plan
+
+
+def test_a_chain_is_ordinary_commands(chain, started, capsys):
+    assert main(["chain", "--config", chain()]) == 0
+    assert [words[0] for words in started] == ["sft", "merge", "dpo", "grpo"]
+    files = {name: yaml.safe_load(Path(f"runs/{name}/stage.yaml").read_text()) for name in ("sft", "dpo", "grpo")}
+    assert files["sft"]["output_dir"] == "runs/sft/model"
+    assert files["dpo"]["model_name_or_path"] == "runs/sft-merge/model"
+    assert files["grpo"]["model_name_or_path"] == "runs/dpo/model"
+    assert files["dpo"]["logging_first_step"] is True
+    assert files["grpo"]["reward_funcs"] == ["my_rewards.short"]  # TRL's parser would take a text letter by letter
+    assert Path("runs/dpo/stage.yaml").read_text().startswith("# trl-qtarget dpo --config runs/dpo/stage.yaml\n")
+    shown = capsys.readouterr().out
+    assert "[3/4] dpo" in shown
+    assert "reward -1.5" in shown
+
+
+def test_dry_run_shows_the_plan_and_writes_nothing(chain, started, capsys):
+    assert main(["chain", "--config", chain(), "--dry_run"]) == 0
+    shown = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["dpo", "dpo", "sft-merge", "runs/dpo/model", "runs"] in shown
+    assert not started
+    assert not Path("runs").exists()
+
+
+def test_references_and_words(chain, started):
+    reference = "${stages.sft.output_dir}"
+    config = chain(
+        dpo={"model_name_or_path": reference, "eval_strategy": False, "multi_gpu": True, "num_processes": 2}
+    )
+    Path(config).write_text(Path(config).read_text().replace("eval_strategy: false", "eval_strategy: no"))
+    assert main(["chain", "--config", config]) == 0
+    settings = yaml.safe_load(Path("runs/dpo/stage.yaml").read_text())
+    assert settings["model_name_or_path"] == "runs/sft-merge/model"
+    assert settings["eval_strategy"] == "no"
+    assert settings["num_processes"] == "2"
+    assert started[2] == ["dpo", "--config", "runs/dpo/stage.yaml", "--multi_gpu"]
+
+
+def test_defaults_are_for_the_stages_that_know_them(chain, started):
+    evaluation = {"command": "eval", "dataset": "prompts.jsonl", "k": 2}
+    config = chain({"defaults": CPU | {"seed": 7, "num_generations": 4}})
+    content = yaml.safe_load(Path(config).read_text())
+    content["stages"].append(evaluation)
+    Path(config).write_text(yaml.safe_dump(content))
+    started.log = LOG | {"eval": ["{'a': 1}"]}
+    assert main(["chain", "--config", config]) == 0
+    settings = {name: yaml.safe_load(Path(f"runs/{name}/stage.yaml").read_text()) for name in ("sft", "grpo", "eval")}
+    assert settings["eval"]["model_name_or_path"] == ["runs/grpo/model"]
+    assert [made["seed"] for made in settings.values()] == [7, 7, 7]
+    assert [made.get("num_generations") for made in settings.values()] == [None, 4, None]
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("top", "changes", "said"),
+    [
+        ({"stage": []}, {}, "chain.yaml: unknown key 'stage' (did you mean 'stages'?)"),
+        ({"output_dir": None}, {}, "chain.yaml: output_dir must be the folder of the whole chain, got None"),
+        ({"stages": []}, {}, "chain.yaml: stages must be a list of mappings, as in `- command: sft`"),
+        ({}, {"dpo": {"command": "ppo"}}, "stage dpo: command must be one of sft, dpo, "),
+        ({}, {"dpo": {"name": "a/b"}}, "stage a/b: name must be of letters"),
+        ({}, {"dpo": {"name": "sft"}}, "stage sft: the name is taken, give it another `name`"),
+        ({}, {"dpo": {"handoff": "split"}}, "stage dpo: handoff must be one of auto, merge, adapter, got 'split'"),
+        ({}, {"dpo": {"handoff": "merge"}}, "stage dpo: handoff is for adapters: set use_peft: true, or leave it out"),
+        ({}, {"dpo": {"output_dir": "x"}}, "stage dpo: leave out output_dir: every stage writes into the chain's"),
+        ({}, {"dpo": {"step0_tolerance": -1}}, "stage dpo: step0_tolerance must be a number of at least 0"),
+        ({}, {"sft": {"step0_tolerance": 1}}, "stage sft: sft has no reference, so it takes no step0_tolerance"),
+        ({}, {"sft": {"hub_token": "hf_x"}}, "stage sft: leave out the secret in hub_token"),
+        ({}, {"sft": {"env": {"WANDB_API_KEY": "x"}}}, "stage sft: leave out the secret in env"),
+        (
+            {},
+            {"dpo": {"run_name": "${stages.sfft.output_dir}"}},
+            "stage dpo: run_name refers to stage 'sfft', and there",
+        ),
+        ({}, {"dpo": {"run_name": "${stages.grpo.output_dir}"}}, "stage dpo: run_name refers to stage 'grpo'"),
+        ({}, {"dpo": {"run_name": "${sft}"}}, "stage dpo: run_name has '${sft}': the only reference is"),
+        ({"defaults": CPU | {"use_cpuu": True}}, {}, "defaults: no stage knows 'use_cpuu' (did you mean 'use_cpu'?)"),
+        ({}, {"dpo": {"betta": 1}}, "stage dpo: unknown key 'betta' (did you mean 'beta'?)"),
+        ({}, {"dpo": {"beta": "much"}}, "stage dpo: beta must be a number, got 'much'"),
+        ({}, {"dpo": {"model_name_or_path": "./no"}}, "stage dpo: model_name_or_path: there is no folder ./no"),
+        (
+            {},
+            {"dpo": data("rows.jsonl")},
+            "stage dpo: the data rows.jsonl has the columns prompt, completion: dpo reads",
+        ),
+        ({}, {"dpo": data("no.jsonl")}, "stage dpo: the data no.jsonl cannot be read"),
+        ({}, {"dpo": {"datasets": None}}, "stage dpo: no data: pass --dataset_name"),
+        (
+            {},
+            {"grpo": {"reward_funcs": "my_rewards.shrt"}},
+            "stage grpo: reward_funcs: my_rewards.shrt: there is no shrt",
+        ),
+        ({}, {"grpo": {"reward_funcs": "no_such.x"}}, "stage grpo: reward_funcs: no_such.x: importing no_such failed"),
+        ({}, {"grpo": {"reward_funcs": None}}, "stage grpo: no reward: set reward_funcs"),
+        ({}, {"grpo": {"num_generations": 3}}, "stage grpo: generation_batch_size"),
+        ({}, {"sft": {"loss": "target_sft"}}, "stage sft: loss 'target_sft' needs a teacher"),
+        ({}, {"sft": {"handoff": "adapter"}}, "stage dpo: dpo cannot start from an adapter alone"),
+    ],
+)
+def test_mistakes(chain, started, capsys, top, changes, said):
+    (line,) = refused(chain(top, **changes), capsys)
+    assert line.startswith(said)
+    assert not started
+
+
+def test_mistakes_of_all_stages_at_once(chain, started, capsys):
+    lines = refused(chain(sft={"los": 1}, dpo={"betta": 1, "max_steps": "x"}, grpo={"reward_funcs": "no"}), capsys)
+    assert [line.split(": ")[0] for line in lines] == ["stage sft", "stage dpo", "stage dpo", "stage grpo"]
+    assert not started
+
+
+def test_full_disk(chain, started, capsys, monkeypatch):
+    usage = type("Usage", (), {"free": 1000})
+    monkeypatch.setattr("trl_qtarget.chain.inputs.shutil.disk_usage", lambda path: usage)
+    (line,) = refused(chain(), capsys)
+    assert line.startswith("output_dir runs: models and checkpoints take about 0.0 GiB")
+
+
+def test_environment_of_a_stage_stays_its_own(chain, started):
+    assert main(["chain", "--config", chain(sft={"env": {"QTARGET_TEST": 3}})]) == 0
+    assert "QTARGET_TEST" not in os.environ
+    assert yaml.safe_load(Path("runs/sft/stage.yaml").read_text())["env"] == {"QTARGET_TEST": 3}
+
+
+# What runs again
+
+
+def test_what_is_done_is_skipped_and_what_changed_is_kept(chain, started):
+    config = chain()
+    assert main(["chain", "--config", config]) == 0
+    started.clear()
+    assert main(["chain", "--config", config]) == 0
+    assert not started
+    assert main(["chain", "--config", chain(dpo={"beta": 0.2})]) == 0
+    assert ran(started) == ["dpo", "grpo"]
+    assert "beta" not in Path("runs/dpo.old-1/stage.yaml").read_text()
+    assert Path("runs/grpo.old-1/model/config.json").is_file()
+    Path("rows.jsonl").write_text(Path("rows.jsonl").read_text() * 2)
+    assert main(["chain", "--config", chain(dpo={"beta": 0.2})]) == 0
+    assert ran(started) == ["sft", "sft-merge", "dpo", "grpo"]
+    Path("my_rewards.py").write_text(REWARDS + "\n# changed\n")
+    assert main(["chain", "--config", chain(dpo={"beta": 0.2})]) == 0
+    assert ran(started) == ["grpo"]
+    assert Path("runs/grpo.old-3").is_dir()
+
+
+def test_from_and_to(chain, started, capsys):
+    config = chain()
+    assert main(["chain", "--config", config, "--to", "sft"]) == 0
+    assert ran(started) == ["sft"]
+    assert main(["chain", "--config", config, "--from", "dpo"]) == 2
+    assert "--from dpo: stage sft-merge before it is not done with these settings" in capsys.readouterr().err
+    assert main(["chain", "--config", config]) == 0
+    assert ran(started) == ["sft-merge", "dpo", "grpo"]
+    assert main(["chain", "--config", config, "--from", "dpo", "--to", "dpo"]) == 0
+    assert ran(started) == ["dpo"]
+    assert Path("runs/dpo.old-1").is_dir()
+    assert main(["chain", "--config", config, "--to", "dppo"]) == 2
+    assert "--to dppo: there is no such stage, there are sft, sft-merge, dpo, grpo" in capsys.readouterr().err
+
+
+def test_a_failed_stage_says_how_and_is_tried_again(chain, started, capsys):
+    started.fail = "dpo"
+    assert main(["chain", "--config", chain()]) == 1
+    said = capsys.readouterr().err
+    assert "stage dpo failed: exit code 1" in said
+    assert "    ValueError: no luck\n  log: runs/dpo/log.txt\n  by hand: trl-qtarget dpo --config runs/dpo" in said
+    assert "10%" not in said
+    assert ran(started) == ["sft", "sft-merge", "dpo"]
+    started.fail = None
+    assert main(["chain", "--config", chain()]) == 0
+    assert ran(started) == ["dpo", "grpo"]
+    assert keys.record(Path("runs/dpo")).attempts == 2
+
+
+def test_goes_on_from_the_newest_whole_checkpoint(chain, started):
+    started.fail = "dpo"
+    assert main(["chain", "--config", chain()]) == 1
+    for number, whole in ((2, True), (10, True), (12, False)):
+        folder = Path(f"runs/dpo/model/checkpoint-{number}")
+        folder.mkdir()
+        (folder / "optimizer.pt").write_text("")
+        (folder / "trainer_state.json").write_text("{}" if whole else '{"half')
+    started.fail = None
+    started.clear()
+    assert main(["chain", "--config", chain()]) == 0
+    assert started[0][-2:] == ["--resume_from_checkpoint", "runs/dpo/model/checkpoint-10"]
+    assert main(["chain", "--config", chain(dpo={"beta": 0.2})]) == 0
+    assert "--resume_from_checkpoint" not in started[2]  # it belongs to other settings
+
+
+def test_a_folder_of_somebody_else_is_left_alone(chain, started, capsys):
+    Path("runs/dpo").mkdir(parents=True)
+    Path("runs/dpo/thesis.tex").write_text("x")
+    assert main(["chain", "--config", chain()]) == 2
+    assert "stage dpo: runs/dpo is no stage of a chain" in capsys.readouterr().err
+    assert Path("runs/dpo/thesis.tex").read_text() == "x"
+    assert not started
+
+
+def test_one_chain_at_a_time(chain, started, capsys, monkeypatch):
+    config, inner = chain(), []
+    run = execute.execute
+
+    def twice(*args):
+        if not inner:
+            inner.append(main(["chain", "--config", config]))
+        return run(*args)
+
+    monkeypatch.setattr(execute, "execute", twice)
+    assert main(["chain", "--config", config]) == 0
+    assert inner == [2]
+    assert "another chain runs in runs" in capsys.readouterr().err
+
+
+def test_a_moved_chain_is_still_done(chain, started):
+    assert main(["chain", "--config", chain()]) == 0
+    Path("runs").rename("elsewhere")
+    started.clear()
+    assert main(["chain", "--config", chain({"output_dir": "elsewhere"})]) == 0
+    assert not started
+
+
+# The first step of a stage
+
+
+@pytest.mark.parametrize(
+    ("command", "row", "metric"),
+    [
+        ("dpo", {"rewards/margins": 0.5}, "rewards/margins is 0.5"),
+        ("dpo", {"rewards/chosen": -3.0, "rewards/margins": 0.0}, "rewards/chosen is -3"),
+        ("grpo", {"kl": 0.3}, "kl is 0.3"),
+        ("rloo", {"kl": float("nan")}, "kl is nan"),
+        ("grpo", {"clip_ratio/region_mean": 0.1}, "clip_ratio/region_mean is 0.1"),
+        ("dpo", {"rewards/margins": 0.001}, None),
+        ("kto", {"kl": 0.3}, None),  # of other pairs than the batch's
+        ("sft", {"kl": 9.0}, None),
+    ],
+)
+def test_step0(command, row, metric):
+    tolerance = plan.TOLERANCE if command in plan.REFERENCED else None
+    stage = plan.Stage("x", command, Path("x"), {}, tolerance)
+    if metric is None:
+        execute.check_step0(stage, row)
+        return
+    with pytest.raises(execute.StepZero, match=re.escape(f"at the first step {metric}, not 0 within 0.02")):
+        execute.check_step0(stage, row)
+
+
+def test_step0_ends_the_chain(chain, started, capsys):
+    started.log = LOG | {"dpo": ["{'loss': '9', 'rewards/margins': '1.25', 'epoch': '1'}"]}
+    assert main(["chain", "--config", chain()]) == 1
+    assert "stage dpo failed: at the first step rewards/margins is 1.25" in capsys.readouterr().err
+    assert not Path("runs/dpo/model").exists()
+    assert main(["chain", "--config", chain(dpo={"step0_tolerance": None})]) == 1  # None removes it from the file
+    started.log = LOG
+    assert main(["chain", "--config", chain()]) == 0
+
+
+# Running a command
+
+
+@pytest.fixture
+def stage(workplace, monkeypatch):
+    """A stage whose command is a module of the test's own: `stage(code)` runs it."""
+    monkeypatch.setenv("PYTHONPATH", str(workplace))
+    made = plan.Stage("x", "dpo", workplace / "x", {}, 0.02)
+    made.folder.mkdir()
+
+    def run(code, fresh=True, rows=None):
+        package = workplace / "trl_qtarget"
+        package.mkdir(exist_ok=True)
+        (package / "__init__.py").touch()
+        (package / "__main__.py").write_text("import os, sys, time\n" + code)
+        return execute.execute(made, ["words"], fresh, (rows if rows is not None else []).append)
+
+    run.stage = made
+    return run
+
+
+def test_execute_reads_the_log_as_it_grows(stage):
+    rows = []
+    assert (
+        stage(
+            "print({'loss': '1', 'epoch': 0.5}, end='\\r'); print('x', {'b': 2.0}, sys.argv[1]); sys.exit(3)",
+            rows=rows,
+        )
+        == 3
+    )
+    assert rows == [{"loss": 1.0, "epoch": 0.5}, {"b": 2.0}]
+    assert stage("print({'loss': 2})", fresh=False) == 0
+    assert stage.stage.log.read_text().count("loss") == 2
+
+
+def test_execute_stops_after_a_wrong_first_step(stage):
+    start = time.perf_counter()
+    with pytest.raises(execute.StepZero):
+        stage("print({'rewards/margins': '3'}, flush=True); open('pid', 'w').write(str(os.getpid())); time.sleep(99)")
+    assert time.perf_counter() - start < 30
+    if Path("pid").exists():
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(Path("pid").read_text()), 0)
+
+
+def test_orphans_of_a_killed_chain_are_ended(tmp_path):
+    environment = os.environ | {execute.MARK: str(tmp_path)}
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(99)"], env=environment) as orphan:
+        time.sleep(0.3)
+        assert execute.end_orphans(tmp_path / "other") == 0
+        assert execute.end_orphans(tmp_path) == 1
+        assert orphan.poll() is not None
+
+
+def test_history_counts_repeated_steps_once(tmp_path):
+    rows = [{"loss": i, "epoch": i} for i in (1, 2, 3)] + [{"loss": 20, "epoch": 2}, {"loss": 30, "epoch": 3}]
+    (tmp_path / "log.txt").write_text("\n".join(map(str, rows)))
+    assert [row["loss"] for row in execute.history(tmp_path / "log.txt")] == [1, 20, 30]
+
+
+# The page
+
+
+def test_page_is_self_contained_and_escaped(tmp_path):
+    stage = plan.Stage("sft", "sft", tmp_path / "<b>&", {})
+    stage.folder.mkdir()
+    stage.log.write_text("\n".join(str({"loss": 3 - i, "qtarget/trust": "nan", "epoch": i}) for i in range(3)))
+    text = page.write_page(tmp_path, [stage], {"sft": keys.Record("", metric="<script>")}).read_text()
+    assert text.count("<polyline") == 1
+    assert "loss: 3 to 1, between 1 and 3; epoch 0 to 2" in text
+    assert "<script>" not in text
+    assert "&lt;b&gt;&amp;" in text
+    assert not re.search(r"https?:|src=|href=", text)
+    HTMLParser().feed(text)
+
+
+# Merging an adapter
+
+
+@pytest.fixture
+def adapter(tmp_path, student_dir, tokenizer):
+    """A folder as a LoRA stage leaves it, of an adapter that matters."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(student_dir)
+    model = get_peft_model(
+        base, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
+    )
+    model.save_pretrained(tmp_path / "adapter")
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    return model.eval()
+
+
+def test_merge(tmp_path, adapter, tokenizer, capsys):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    words = ["merge", "--model_name_or_path", str(tmp_path / "adapter"), "--output_dir", str(tmp_path / "merged")]
+    assert main(words) == 0
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    ids = torch.arange(40)[None] % len(tokenizer)
+    with torch.no_grad():
+        torch.testing.assert_close(merged(ids).logits, adapter(ids).logits, atol=1e-4, rtol=1e-4)
+        with adapter.disable_adapter():
+            assert (merged(ids).logits - adapter(ids).logits).abs().max() > 0.1
+    assert AutoTokenizer.from_pretrained(tmp_path / "merged").chat_template == tokenizer.chat_template
+    assert merged.generation_config.eos_token_id == 3
+    assert execute.metrics(capsys.readouterr().out.splitlines())[0]["logit_difference"] < 1e-4
+    with pytest.raises(SystemExit) as stop:
+        main(words)
+    assert stop.value.code == 2
+    assert "is not empty" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_merge_keeps_the_type(tmp_path, adapter, dtype):
+    from safetensors import safe_open
+
+    words = ["merge", "--model_name_or_path", str(tmp_path / "adapter"), "--output_dir", str(tmp_path / "merged")]
+    assert main([*words, "--dtype", dtype]) == 0
+    with safe_open(tmp_path / "merged/model.safetensors", "pt") as file:
+        assert {file.get_tensor(name).dtype for name in file.keys()} == {getattr(torch, dtype)}  # noqa: SIM118
+
+
+def test_merge_writes_nothing_that_differs(tmp_path, adapter, monkeypatch, capsys):
+    monkeypatch.setattr("peft.PeftModel.merge_and_unload", lambda self, **options: self.unload(), raising=False)
+    with pytest.raises(SystemExit) as stop:
+        main(["merge", "--model_name_or_path", str(tmp_path / "adapter"), "--output_dir", str(tmp_path / "merged")])
+    assert stop.value.code == 2
+    assert "The merged model's logits differ" in capsys.readouterr().err
+    assert not (tmp_path / "merged").exists()
+
+
+# From end to end
+
+
+SMALL = {
+    "max_steps": 6,
+    "save_steps": 1,
+    "save_total_limit": 2,
+    "per_device_train_batch_size": 4,
+    "max_completion_length": 8,
+}
+
+
+def weights(root):
+    from safetensors.torch import load_file
+
+    return {name: load_file(root / name / "model/model.safetensors") for name in ("sft-merge", "dpo", "grpo")}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", ["sft", "grpo"])
+def test_a_killed_chain_ends_as_an_uninterrupted_one(chain, tmp_path, killed):
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    call = [sys.executable, "-m", "trl_qtarget", "chain", "--config"]
+    changes = {"sft": {"learning_rate": 1e-2}, "grpo": {"beta": 0.1}}
+    whole = chain({"output_dir": "whole", "defaults": CPU | SMALL}, **changes)
+    assert subprocess.run([*call, whole], env=environment, check=False).returncode == 0
+    config = chain({"output_dir": "runs", "defaults": CPU | SMALL}, **changes)
+    with subprocess.Popen([*call, config], env=environment) as process:
+        while process.poll() is None and not list(
+            Path("runs").glob(f"{killed}/model/checkpoint-*/trainer_state.json")
+        ):
+            time.sleep(0.02)
+        process.kill()
+    assert keys.record(Path("runs", killed)).state == "running"
+    assert subprocess.run([*call, config], env=environment, check=False).returncode == 0
+    assert keys.record(Path("runs", killed)).attempts == 2
+    torch.testing.assert_close(weights(Path("runs")), weights(Path("whole")), rtol=0, atol=0)
+    start = time.perf_counter()
+    assert subprocess.run([*call, config], env=environment, check=False).returncode == 0
+    assert time.perf_counter() - start < 4  # seconds, one a stage, on a loaded machine too

@@ -1,0 +1,265 @@
+"""`trl-qtarget chain`: validate, skip what is done, run the rest, and say what came of it."""
+
+import argparse
+import fcntl
+import json
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .. import __version__
+from ..evaluation.report import write
+from . import execute, page
+from .keys import Record, is_done, keys, move_aside, newest_checkpoint, record
+from .plan import Chain, Mistakes, Stage, read, resolve
+
+
+PROG = "trl-qtarget chain"
+EPILOG = """\
+A second run skips what is done and resumes inside a stage from its newest checkpoint. A stage is done again when its
+settings, its local inputs or a stage that it reads have changed; what it had made is kept as NAME.old-1. Stages run
+one after the other on this machine: for several, give them accelerate's own options and start the chain on the first.
+"""
+
+
+def main(argv: list[str]) -> int:
+    """Exit codes: 0, 1 when a stage failed, 2 for mistakes, 130 after Ctrl-C."""
+    args = make_parser().parse_args(argv)
+    try:
+        chain = read(args.config)
+        with _locked(chain.output_dir, args.dry_run):
+            return _run(chain, args)
+    except Mistakes as mistakes:
+        for mistake in mistakes.args:
+            print(f"{PROG}: {mistake}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{PROG}: interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=PROG, description="Run stages from one YAML file.", epilog=EPILOG)
+    parser.add_argument("--config", required=True, metavar="FILE", help="the chain: output_dir, defaults, stages")
+    parser.add_argument("--dry_run", action="store_true", help="look for mistakes, show the plan, and start nothing")
+    parser.add_argument(
+        "--from", dest="first", metavar="NAME", help="do this stage and those after it again; the others must be done"
+    )
+    parser.add_argument("--to", dest="last", metavar="NAME", help="stop after this stage")
+    return parser
+
+
+def _run(chain: Chain, args: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    console = Console(markup=False, highlight=False, soft_wrap=not sys.stdout.isatty())
+    stages = resolve(chain, _options(chain, args.dry_run))
+    made = keys(stages)
+    stages, again = _selected(stages, made, args)
+    done = {stage.name for stage in stages if stage.name not in again and is_done(stage, made[stage.name])}
+    ready: dict[str, Any] = {}
+    if len(done) < len(stages):
+        ready = _validated(stages, done, made, chain.output_dir)
+    if args.dry_run:
+        console.print(_plan(stages, made, done, again))
+        return 0
+    for number, stage in enumerate(stages, start=1):
+        if stage.name in done:
+            console.print(f"[{number}/{len(stages)}] {stage.name}: done before")
+            continue
+        console.print(f"[{number}/{len(stages)}] {stage.name}: {stage.command}, log in {stage.log}")
+        failure = run_stage(stage, made[stage.name], ready[stage.name], stage.name in again, console)
+        if failure:
+            for line in failure:
+                print(line, file=sys.stderr)
+            return 1
+    records = {stage.name: record(stage.folder) or Record("") for stage in stages}
+    report = page.write_page(chain.output_dir, stages, records)
+    console.print(page.table(stages, records, done))
+    console.print(f"Curves: {report}")
+    return 0
+
+
+def _validated(stages: list[Stage], done: set[str], made: dict[str, str], root: Path) -> dict[str, Any]:
+    from .inputs import full_disk
+    from .validate import validate
+
+    ready, found = validate(stages, done)
+    for stage in stages:
+        if record(stage.folder) is None and stage.folder.exists() and any(stage.folder.iterdir()):
+            found.append(
+                f"stage {stage.name}: {stage.folder} is no stage of a chain: choose another output_dir or name"
+            )
+    found += full_disk([stage for stage in stages if stage.name not in done], root)
+    if found:
+        raise Mistakes(*found)
+    return ready
+
+
+def _selected(stages: list[Stage], made: dict[str, str], args: argparse.Namespace) -> tuple[list[Stage], set[str]]:
+    """The stages up to `--to`, and the names of those that `--from` does again although they are done."""
+    names = [stage.name for stage in stages]
+    for option, name in (("--from", args.first), ("--to", args.last)):
+        if name is not None and name not in names:
+            raise Mistakes(f"{option} {name}: there is no such stage, there are {', '.join(names)}")
+    stages = stages[: names.index(args.last) + 1 if args.last else None]
+    start = names.index(args.first) if args.first else 0
+    if start >= len(stages):
+        raise Mistakes(f"--from {args.first} comes after --to {args.last}")
+    if args.first is None:
+        return stages, set()
+    for stage in stages[:start]:
+        if not is_done(stage, made[stage.name]):
+            raise Mistakes(f"--from {args.first}: stage {stage.name} before it is not done with these settings")
+    return stages, {stage.name for stage in stages[start:] if is_done(stage, made[stage.name])}
+
+
+# One stage
+
+
+def run_stage(stage: Stage, key: str, ready: Any, again: bool, console: Any) -> list[str]:
+    """Run a stage to its end. Returns what to say if it failed."""
+    orphans = execute.end_orphans(stage.folder)
+    if orphans:
+        console.print(f"  ended {orphans} process(es) that a killed chain had left behind")
+    old = record(stage.folder)
+    if old is not None and (again or old.key != key):
+        console.print(f"  what it had made is now {move_aside(stage.folder)}")
+        old = None
+    now = old or Record(key)
+    now.state, now.attempts, now.versions = "running", now.attempts + 1, _versions()
+    now.save(stage.folder)
+    checkpoint = newest_checkpoint(stage.output)
+    if checkpoint is None and stage.command != "cache":  # a cache goes on by itself
+        shutil.rmtree(stage.output, ignore_errors=True)
+    if checkpoint is not None:
+        console.print(f"  goes on from {checkpoint}")
+    write(
+        stage.config,
+        f"# {' '.join([*stage.by_hand, *ready.words])}\n" + yaml.safe_dump(ready.settings, sort_keys=False),
+    )
+    words = [*stage.by_hand[1:], *ready.words]
+    words += ["--resume_from_checkpoint", str(checkpoint)] if checkpoint else []
+    return _attempt(stage, now, words, checkpoint is None, console)
+
+
+def _attempt(stage: Stage, now: Record, words: list[str], fresh: bool, console: Any) -> list[str]:
+    """Run its command, and write down how that went."""
+    start, before = time.perf_counter(), now.seconds
+    try:
+        with console.status(stage.name) as status:
+            code = execute.execute(stage, words, fresh, lambda row: status.update(f"{stage.name}: {_line(row)}"))
+        why = f"exit code {code}" if code else None
+        if code == 130:
+            raise KeyboardInterrupt
+    except execute.StepZero as wrong:
+        why = str(wrong)
+        shutil.rmtree(stage.output, ignore_errors=True)  # nothing may go on from it
+    finally:
+        now.seconds = round(before + time.perf_counter() - start, 2)
+        now.save(stage.folder)
+    if why is None and not stage.output.is_dir():
+        why = f"it made no {stage.output}"
+    now.state = "failed" if why else "done"
+    now.metric = page.main_metric(stage)
+    now.save(stage.folder)
+    if why is None:
+        console.print(f"  {now.seconds:.0f} s  {now.metric}")
+        return []
+    ending = [f"    {line}" for line in execute.last_lines(stage.log)]
+    by_hand = " ".join(["trl-qtarget", *words])
+    return [f"{PROG}: stage {stage.name} failed: {why}", *ending, f"  log: {stage.log}", f"  by hand: {by_hand}"]
+
+
+def _line(row: dict[str, float]) -> str:
+    return "  ".join(f"{name} {value:.4g}" for name, value in list(row.items())[:8])
+
+
+def _versions() -> dict[str, str]:
+    return {"trl-qtarget": __version__} | {name: version(name) for name in ("trl", "transformers", "torch")}
+
+
+# Around the stages
+
+
+def _options(chain: Chain, dry: bool) -> dict[str, list[str]]:
+    """The settings that each command knows. They are kept, as asking the commands loads all of TRL."""
+    commands = {"merge", *(draft.command for draft in chain.drafts)}
+    file, versions = chain.output_dir / "options.json", _versions()
+    try:
+        kept = json.loads(file.read_text(encoding="utf-8"))
+        if kept["versions"] == versions and commands <= kept["options"].keys():
+            return kept["options"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        pass
+    from .validate import options
+
+    made = {command: options(command) for command in sorted(commands)}
+    if not dry:
+        write(file, json.dumps({"versions": versions, "options": made}) + "\n")
+    return made
+
+
+@contextmanager
+def _locked(folder: Path, dry: bool) -> Iterator[None]:
+    """One chain at a time in a folder."""
+    if dry:
+        yield
+        return
+    made = not folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / ".lock").open("w")
+    except OSError as mistake:
+        raise Mistakes(f"output_dir {folder}: {mistake.strerror}") from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise Mistakes(f"another chain runs in {folder}: wait for it, or choose another output_dir") from None
+        try:
+            yield
+        except Mistakes:
+            if made:
+                shutil.rmtree(folder)  # nothing was started
+            raise
+
+
+def _plan(stages: list[Stage], made: dict[str, str], done: set[str], again: set[str]) -> Any:
+    from rich.table import Table
+
+    from .keys import inputs
+
+    table = Table("stage", "command", "reads", "writes", "what happens", box=None, pad_edge=False)
+    outputs: dict[str, str] = {}
+    for stage in stages:
+        table.add_row(
+            stage.name,
+            stage.command,
+            ", ".join(inputs(stage, outputs)),
+            str(stage.output),
+            _what_happens(stage, made[stage.name], done, again),
+        )
+        outputs[stage.name] = str(stage.output)
+    return table
+
+
+def _what_happens(stage: Stage, key: str, done: set[str], again: set[str]) -> str:
+    old = record(stage.folder)
+    if stage.name in done:
+        return "done before, skipped"
+    if old is None:
+        return "runs"
+    if stage.name in again:
+        return "runs again, the old one is kept aside"
+    if old.key != key:
+        return "has changed: runs, the old one is kept aside"
+    checkpoint = newest_checkpoint(stage.output)
+    return f"goes on from {checkpoint.name}" if checkpoint else "starts again"
