@@ -25,6 +25,10 @@ Made by `make test-distributed`. A tick: six steps of eight rows, equal to one p
 the loss, the gradient norm, the means over tokens and the final weights, to a relative 1e-4, and no drift between: the
 mean residual of the loss is zero within three standard errors. "refused": one sentence before the first step, which is
 tested. "-": not run. DDP, ZeRO and FSDP2 are two processes.
+
+A resumed run is compared with the same run in one go: bit for bit on one process, to 1e-6 elsewhere. Without
+`average_tokens_across_devices` each rank takes its own mean, and the reference weights tokens so that their one mean is
+the mean of the two ranks'.
 """
 
 
