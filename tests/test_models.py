@@ -10,6 +10,7 @@ import pytest
 import torch
 import zoo
 from datasets import Dataset
+from transformers import BitsAndBytesConfig
 from trl import SFTConfig, SFTTrainer
 
 from trl_qtarget import TargetSFTConfig, TargetSFTTrainer, build, reference_loss
@@ -223,3 +224,48 @@ def test_mixed_precision_is_as_near_as_the_models_own(make, name):
     )
     assert value <= 2 * own_value + 1e-2 * abs(true)
     assert gradient <= 2 * own_gradient
+
+
+# Quantized
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", ["target_sft", "asft"])
+@pytest.mark.filterwarnings("ignore::UserWarning:bitsandbytes", "ignore::FutureWarning:bitsandbytes")
+def test_qlora_is_the_loss_of_the_models_own_logits(tmp_path, tokenizer, rows, loss):
+    """A base in four bits, whose own forward with its adapters on, or off, is what is compared with."""
+    pytest.importorskip("bitsandbytes")
+    wide = {"hidden_size": 64, "intermediate_size": 64, "head_dim": 32}  # weights of whole blocks of 64
+    conftest.save(zoo.FAMILIES["Qwen3, untied"](**wide), tokenizer, tmp_path / "student")
+    quantized = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    teacher = CELLS["Qwen3, untied"].teacher().eval()
+    trainer = TargetSFTTrainer(
+        str(tmp_path / "student"),
+        TargetSFTConfig(loss=loss, output_dir=str(tmp_path), **QUIET, model_init_kwargs={"device_map": {"": "cpu"}}),
+        train_dataset=Dataset.from_list(rows(16)),
+        processing_class=tokenizer,
+        peft_config=zoo.lora(),
+        quantization_config=quantized,
+        teacher_model=copy.deepcopy(teacher) if loss == "target_sft" else None,
+    )
+    model = trainer.model.train()
+    quantized = [module for module in model.modules() if type(module).__name__ == "Linear4bit"]
+    assert quantized
+    for module in quantized:  # some CPUs repack the weights in evaluation, for good, and cannot train afterwards
+        module.support_avx512bf16_for_cpu = False
+
+    def reference(**plain):
+        with model.disable_adapter():
+            return model(**plain)
+
+    batch = next(iter(trainer.get_train_dataloader()))
+    tokens = torch.tensor(37)
+    ours, gradients = value_and_gradients(trainer.compute_loss(model, dict(batch), num_items_in_batch=tokens), model)
+    taught = teacher if loss == "target_sft" else reference
+    own, expected = value_and_gradients(own_loss(trainer, batch, loss, taught, tokens), model)
+    torch.testing.assert_close(ours.double(), own.double(), rtol=1e-4, atol=0)
+    assert gradients.keys() == expected.keys()
+    for parameter, gradient in gradients.items():
+        apart = (gradient.double() - expected[parameter].double()).norm() / expected[parameter].double().norm()
+        assert apart < 0.01, parameter  # adapters are bfloat16
+    assert all(abs(loss) < 1e3 for (loss,) in steps(trainer, "loss"))
