@@ -27,8 +27,8 @@ mean residual of the loss is zero within three standard errors. "refused": one s
 tested. "-": not run. DDP, ZeRO and FSDP2 are two processes.
 
 A resumed run is compared with the same run in one go: bit for bit on one process, to 1e-6 elsewhere. Without
-`average_tokens_across_devices` each rank takes its own mean, and the reference weights tokens so that their one mean is
-the mean of the two ranks'.
+`average_tokens_across_devices` each rank takes its own mean, and the reference weights tokens so that their one mean
+is the mean of the two ranks'.
 """
 
 
