@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import itertools
 import json
 import os
 import platform
@@ -39,6 +40,7 @@ class Engine:
 
     processes: int = 1
     zero: int | None = None  # DeepSpeed's stage
+    split: bool = False  # each process has half of every sequence (Ulysses), not half of the rows
     env: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -60,6 +62,7 @@ ENGINES = {
     "zero2": Engine(2, zero=2, env=DEEPSPEED),
     "zero3": Engine(2, zero=3, env=DEEPSPEED),
     "fsdp2": Engine(2, env=FSDP2),
+    "ulysses": Engine(2, zero=2, split=True, env=DEEPSPEED),
 }
 
 
@@ -223,7 +226,10 @@ class Runs:
                 if c.killed:
                     launch(cell.engine, [c.id], self.folder)
                     assert not (self.folder / c.id / "steps.json").is_file(), "it was to be killed"
-            launch(cell.engine, [c.id for c in mine], self.folder)
+            # DeepSpeed's attention over parts of sequences keeps the shape of a process's first batch
+            cut = (lambda c: len(c.options)) if ENGINES[cell.engine].split else (lambda c: 0)
+            for _, cells in itertools.groupby(sorted(mine, key=cut), key=cut):
+                launch(cell.engine, [c.id for c in cells], self.folder)
         return self.folder / cell.id
 
     def error_of(self, cell: Cell) -> str | None:
@@ -264,11 +270,16 @@ class Table:
     def __init__(self):
         self.marks: dict[tuple[str, str, str], str] = {}
 
+    @property
+    def complete(self) -> bool:
+        """Whether all cells ran, and not a selection of them."""
+        return all((cell.section, cell.row, cell.engine) in self.marks for cell in all_cells().values())
+
     def mark(self, cell: Cell, word: str) -> None:
         self.marks[cell.section, cell.row, cell.engine] = word
 
     def write(self, path: Path, intro: str) -> None:
-        """One table a section, a column an engine; a dash where nothing ran."""
+        """One table a section, a column an engine; a dash where nothing ran, and what the others are compared with."""
         versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES if _installed(name))
         day = datetime.now(UTC).date().isoformat()
         lines = [intro, f"Run on {day} with Python {platform.python_version()}, {versions}; CPU, gloo, float32."]
@@ -276,9 +287,11 @@ class Table:
         for cell in all_cells().values():
             known.setdefault(cell.section, {}).setdefault(cell.row, None)
         for section, rows in known.items():
-            lines += ["", f"## {section.capitalize()}", "", f"| | {' | '.join(ENGINES)} |", "|---" * 7 + "|"]
+            head = f"| | {' | '.join(ENGINES)} |"
+            lines += ["", f"## {section.capitalize()}", "", head, "|---" * (len(ENGINES) + 1) + "|"]
             for row in rows:
-                marks = [self.marks.get((section, row, engine), "-") for engine in ENGINES]
+                compared = "-" if section == "resumed" else "reference"
+                marks = [self.marks.get((section, row, e), compared if e == "single" else "-") for e in ENGINES]
                 lines.append(f"| {row} | {' | '.join(marks)} |")
         path.write_text("\n".join(lines) + "\n")
 

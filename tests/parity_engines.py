@@ -5,7 +5,7 @@ from __future__ import annotations
 from parity import BATCH, ENGINES, Cell
 
 
-MANY = [name for name in ENGINES if name != "single"]
+MANY = [name for name, engine in ENGINES.items() if engine.processes > 1 and not engine.split]
 SHARDED = ("zero3", "fsdp2")
 COPIES = "psft and teacher_ema_decay keep copies of the student's weights, and FSDP or ZeRO-3 shards them"
 LOSSES = ["nll", "dft", "target_sft", "asft", "iw_sft", "psft"]
@@ -32,6 +32,18 @@ def losses() -> list[Cell]:
         average = {"shared": {"teacher_ema_decay": 0.9}, "refused": COPIES if engine in SHARDED else None}
         cells.append(Cell("losses", "target_sft, average of the student", engine, "target_sft", **average))
     return cells
+
+
+def halves() -> list[Cell]:
+    """Halves of sequences: losses without a second model are exact, others are refused."""
+    alone = "cannot be trained with sequence parallelism"
+    refused = {"target_sft": alone, "asft": alone, "iw_sft": alone, "psft": alone}
+    cells = [
+        Cell("losses", f"{loss}, untied head", "ulysses", loss, "untied", refused=refused.get(loss))
+        for loss in (*LOSSES, "eaft", "gem")
+    ]
+    cut = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
+    return [*cells, Cell("batching", "2 rows x 4 steps, dft", "ulysses", "dft", options=cut)]
 
 
 def batching() -> list[Cell]:
@@ -71,7 +83,7 @@ def batching() -> list[Cell]:
             Cell("batching", row, engine, loss, rows="tokenized", shared=in_order, metrics=False, **own)
             for engine in MANY
         ]
-    for engine in ENGINES:
+    for engine in ("single", *MANY):
         row = "evaluated after each step, target_sft"
         cells.append(Cell("batching", row, engine, "target_sft", options={"eval_strategy": "steps", "eval_steps": 1}))
         # the first process reads a stream for all of them, and then all batches must have one length
@@ -92,9 +104,9 @@ def resumed() -> list[Cell]:
     ]
     return cells + [
         Cell("resumed", "target_sft after kill -9", engine, "target_sft", tolerance=1e-6, killed=True)
-        for engine in ("ddp", "zero2", "zero3", "fsdp2")
+        for engine in MANY
     ]
 
 
 CONVERTED = Cell("resumed", "target_sft from weights of a ZeRO-2 checkpoint", "zero3", "target_sft", "converted")
-CELLS = losses() + batching() + resumed() + [CONVERTED]
+CELLS = losses() + halves() + batching() + resumed() + [CONVERTED]

@@ -60,14 +60,24 @@ COMPUTED = {
 }  # fmt: skip
 
 
+HALF = 2**-5  # of what float32 gives: eight roundings of bfloat16, whose unit is 2^-8
+
+
 def computing() -> list[Cell]:
-    return [
+    """In half precision without asft, whose gradient is here a small difference of large parts, mostly rounding."""
+    cells = [
         Cell("computing", f"{name}, {loss}", engine, loss, options=options, shared=PLAIN)
         for name, options in COMPUTED.items()
         for loss in ("target_sft", "asft")
         for engine in ENGINES
         if engine == "single" or "checkpointing" in name
     ]
+    return cells + [
+        Cell("computing", f"bf16 mixed precision, {loss}", engine, loss, options={"bf16": True}, shared=PLAIN,
+             tolerance=HALF)
+        for loss in ("nll", "target_sft")
+        for engine in ENGINES
+    ]  # fmt: skip
 
 
 CELLS = [*models(), *computing()]

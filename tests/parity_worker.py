@@ -75,6 +75,16 @@ QUIET = {
 }  # fmt: skip
 
 
+def in_halves() -> dict[str, Any]:
+    """Options that give each of two processes half of every sequence; their batches are joined, so of one length."""
+    from accelerate.parallelism_config import ParallelismConfig
+    from accelerate.utils import DeepSpeedSequenceParallelConfig
+
+    handler = DeepSpeedSequenceParallelConfig(sp_seq_length_is_variable=True, sp_attn_implementation="sdpa")
+    parallelism = ParallelismConfig(sp_backend="deepspeed", sp_size=2, sp_handler=handler)
+    return {"parallelism_config": parallelism, "pad_to_multiple_of": 64}
+
+
 def zero_config(stage: int) -> dict[str, Any]:
     return {
         "zero_optimization": {"stage": stage, "stage3_gather_16bit_weights_on_model_save": stage == 3},
@@ -88,10 +98,13 @@ def make_trainer(cell: Cell, folder: Path, models: Path, **options: Any) -> Targ
     """The trainer of a cell, with models from their folders as a user's would have them."""
     engine, case = ENGINES[cell.engine], CASES[cell.case]
     options = {**cell.shared, **cell.options, **options}
-    processes, steps = engine.processes, options.get("gradient_accumulation_steps", 1)
+    processes, steps = 1 if engine.split else engine.processes, options.get("gradient_accumulation_steps", 1)
     options.setdefault("per_device_train_batch_size", BATCH // processes // steps)
     if engine.zero is not None:
         options["deepspeed"] = zero_config(engine.zero)
+    if engine.split:
+        options |= in_halves()
+        options["deepspeed"]["sequence_parallel_size"] = engine.processes
     if cell.cached:
         options["teacher_cache"] = str(models / f"{cell.case} cache")
     args = TargetSFTConfig(output_dir=str(folder), loss=cell.loss, **{**QUIET, **options})
@@ -140,6 +153,10 @@ class Killer(TrainerCallback):
 def forget() -> None:
     """Take back what a training leaves in the process, so that the next one starts as the first."""
     unset_hf_deepspeed_config()
+    if "deepspeed" in sys.modules:
+        from deepspeed.runtime.sequence_parallel import parallel_state_sp
+
+        parallel_state_sp._release_sequence_parallel_groups()
     AcceleratorState._reset_state()
     GradientState._reset_state()
     PartialState._reset_state()

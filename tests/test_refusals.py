@@ -149,6 +149,15 @@ def test_parallelism_nobody_has_verified_is_refused(name, loss):
         refuse(args, build(loss), "teacher", {}) if loss == "target_sft" else refuse(args, build(loss), None, {})
 
 
+def test_ranks_with_parts_of_one_sequence_have_no_mean_of_their_own():
+    args = SimpleNamespace(
+        loss="nll", n_gpu=1, teacher_cache=None, parallelism_config=config(sp_size=2),
+        average_tokens_across_devices=False,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="leave average_tokens_across_devices at true"):
+        refuse(args, build("nll"), None, {})
+
+
 def test_parallelism_that_only_the_launcher_knows_of_is_refused(make, tiny_model, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_PARALLELISM_CONFIG", "true")
     monkeypatch.setenv("PARALLELISM_CONFIG_SP_SIZE", "2")

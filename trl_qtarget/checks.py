@@ -92,19 +92,26 @@ def refuse(args: TargetSFTConfig, target: Target, teacher: Any, kwargs: dict[str
             f"{args.n_gpu} GPUs are visible to one process, and nn.DataParallel would score all parts of a batch "
             "with the first model. Launch with accelerate or torchrun, or set CUDA_VISIBLE_DEVICES to one GPU."
         )
-    _refuse_parallelism(compat.parallelism_config(args), target, loss)
+    _refuse_parallelism(args, target)
     if target.whole_batch and (args.packing or args.eval_packing) and args.packing_strategy == "wrapped":
         raise ValueError(
             f"Loss {loss!r} cannot tell trajectories apart in wrapped packing: set packing_strategy to 'bfd'."
         )
 
 
-def _refuse_parallelism(config: Any, target: Target, loss: str) -> None:
+def _refuse_parallelism(args: TargetSFTConfig, target: Target) -> None:
     """Ways to split one sequence or one layer over ranks under which this loss would be wrong, or was never seen."""
+    config = compat.parallelism_config(args)
+    parts = compat.sequence_parallel_size(config)
     second_model = target.reads_model() or "snapshot" in target.needs
-    if compat.sequence_parallel_size(config) > 1 and (second_model or target.whole_batch):
+    if parts > 1 and not args.average_tokens_across_devices:
         raise ValueError(
-            f"Loss {loss!r} cannot be trained with sequence parallelism: a second model would attend within each "
+            "With sequence parallelism no rank has sequences of its own to average over: leave "
+            "average_tokens_across_devices at true."
+        )
+    if parts > 1 and (second_model or target.whole_batch):
+        raise ValueError(
+            f"Loss {args.loss!r} cannot be trained with sequence parallelism: a second model would attend within each "
             "rank's part of the sequence only. Use a loss without teacher or reference, or sp_size=1."
         )
     for name, kind in (("cp_size", "Context"), ("tp_size", "Tensor")):

@@ -132,8 +132,7 @@ def read_teacher(model: Any, inputs: dict[str, Any]) -> ProjectedLogits:
 class ScoredOutput(ModelOutput):
     """What a scoring forward returns, as transformers and the wrappers around a model expect it."""
 
-    loss: Tensor | None = None  # () mean over this batch's labelled tokens
-    total: Tensor | None = None  # () sum over them; both carry the gradient
+    total: Tensor | None = None  # () the loss summed over labelled tokens, which carries the gradient
     sums: Tensor | None = None  # (len(SUMS),) detached
     aux_loss: Tensor | None = None  # ()
 
@@ -196,7 +195,7 @@ class Scorer:
         count = (labels != IGNORE).sum()
         vectors = (-out.log_p_y, out.entropy, out.is_top1, out.trust, out.moved, out.target_p_y, out.grad_mass)
         sums = torch.stack([count.float(), *(x.sum(dtype=torch.float32) for x in vectors)])
-        return ScoredOutput(out.loss / count.clamp(min=1), out.loss, sums, aux_loss)
+        return ScoredOutput(out.loss, sums, aux_loss)
 
     def _loss(self, hidden: Tensor, labels: Tensor, head: Head, teacher: TeacherLogits | None) -> QTargetOutput:
         return qtarget_loss(

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTConfig, SFTTrainer
 
@@ -198,14 +198,8 @@ class TargetSFTTrainer(SFTTrainer):
             inputs["output_router_logits"] = True
         plain = {name: value for name, value in inputs.items() if name != "labels"}
         scorer = self._scorer(inputs, plain, columns, mode)
-        out: Any
-        if compat.sequence_parallel_size(self.accelerator.parallelism_config) > 1 and mode == "train":
-            # the ranks of a group hold parts of one sequence: Trainer itself reduces the model's own mean loss
-            scored = {**inputs, "qtarget": scorer}
-            loss, out = Trainer.compute_loss(self, model, scored, return_outputs=True)  # type: ignore[misc]
-        else:
-            out = model(**inputs, qtarget=scorer)
-            loss = self._reduced(out, num_items_in_batch) if scorer.called else None
+        # a bound method, as FSDP2 would call a copy of a dataclass, with its numbers cast to half precision
+        out = model(**inputs, qtarget=scorer.__call__)
         if not scorer.called:
             raise RuntimeError(
                 "The loss head of trl_qtarget was not used: something has replaced the model's forward since the "
@@ -216,8 +210,9 @@ class TargetSFTTrainer(SFTTrainer):
                 check_head(model, inputs["input_ids"], half=self.args.bf16 or self.args.fp16)
         self._checked = self._checked or mode == "train"
         if not self._introduced and mode == "train":
-            self._introduce_teacher(scorer, inputs["labels"], columns)
+            self._introduce_teacher(scorer, inputs, columns)
         self._sums.add(out, inputs, mode)
+        loss = self._reduced(out, num_items_in_batch, mode)
         if not return_outputs:
             return loss
         with torch.no_grad():
@@ -257,29 +252,41 @@ class TargetSFTTrainer(SFTTrainer):
             reader = Scorer(Target(), self.args.qtarget_backend, self.args.qtarget_chunk_size, self._columns)
             return reader.log_p_y(other, shifted(labels, fill=IGNORE))
 
-    def _introduce_teacher(self, scorer: Scorer, labels: Tensor, columns: dict[str, Tensor]) -> None:
+    def _introduce_teacher(self, scorer: Scorer, inputs: dict[str, Any], columns: dict[str, Tensor]) -> None:
         """Log once what the labels cost the other model, so that a broken one is seen at once."""
         self._introduced = True
         log_p_y = scorer.reference_log_p_y
         if isinstance(scorer.teacher, ProjectedLogits):
-            log_p_y = self._log_p_y(scorer.teacher, labels)
+            log_p_y = self._log_p_y(scorer.teacher, inputs["labels"])
         elif scorer.teacher is not None:
             log_p_y = columns["reference_log_p_y"]
         if log_p_y is not None:
-            nll = mean_nll(log_p_y, shifted(labels, fill=IGNORE), self.accelerator, len(self._tokenizer))
+            labels = shifted(inputs["labels"], fill=IGNORE)
+            nll = mean_nll(log_p_y, labels, self.accelerator, len(self._tokenizer))
             self._metrics["train"]["qtarget/teacher_nll"].append(nll)
 
-    def _reduced(self, out: ScoredOutput, num_items_in_batch: Tensor | int | None) -> Tensor:
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
+        """As Trainer, counting labels also where ranks hold parts of a sequence, with its labels shifted."""
+        samples, tokens = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if tokens is None and samples and "shift_labels" in samples[0]:
+            labelled: Any = sum((batch["shift_labels"] != IGNORE).sum() for batch in samples)
+            tokens = self.accelerator.reduce(labelled.to(device))
+        return samples, tokens
+
+    def _reduced(self, out: ScoredOutput, num_items_in_batch: Tensor | int | None, mode: str) -> Tensor:
         """As SFTTrainer reduces: over all tokens of the step, undoing the mean that DDP takes over ranks."""
+        parts = compat.sequence_parallel_size(self.accelerator.parallelism_config) if mode == "train" else 1
         tokens = out.sums[0] if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
         loss = out.total / tokens.to(out.total.device).clamp(min=1)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
-            loss = loss * (self.accelerator.num_processes // compat.tensor_parallel_size(self))
+            loss = loss * (self.accelerator.num_processes // compat.tensor_parallel_size(self) // parts)
         if self.aux_loss_enabled:
             # a mean of its own for each micro-batch, where the loss above is a share of the whole step's
             steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
-            loss = loss + out.aux_loss * (self.router_aux_loss_coef / steps)
-        return loss
+            loss = loss + out.aux_loss * (self.router_aux_loss_coef / steps / parts)
+        # Over the parts of a sequence DeepSpeed sums gradients, and Trainer logs the mean of the parts' values.
+        # Trainer's own reduction for them, a differentiable gather, would make gradients too large by their number.
+        return loss if parts == 1 else loss + (parts - 1) * loss.detach()
 
     # Checkpoints: what a student remembers of itself is part of the run
 
