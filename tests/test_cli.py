@@ -3,10 +3,12 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -87,6 +89,43 @@ except SystemExit as stop:
 sys.exit('torch' in sys.modules)"""
     answer = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert answer.returncode == 0, answer.stderr
+
+
+@pytest.fixture(scope="module")
+def completed(tmp_path_factory):
+    """`completed(*words)`: what bash offers for the last of the words after trl-qtarget."""
+    file = tmp_path_factory.mktemp("completion") / "trl-qtarget"
+    with file.open("w") as text, redirect_stdout(text):
+        assert main(["completion", "bash"]) == 0
+    ask = (
+        'source "$0"; COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _shtab_trl_qtarget; printf "%s\\n" "${COMPREPLY[@]}"'
+    )
+
+    def offers(*words):
+        call = ["bash", "-c", ask, str(file), "trl-qtarget", *words]
+        return subprocess.run(call, capture_output=True, text=True, check=True).stdout.split()
+
+    return offers
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+@pytest.mark.parametrize(
+    ("words", "offered"),
+    [
+        (["c"], ["cache", "chain", "completion"]),
+        (["vllm"], ["vllm-serve"]),
+        (["sft", "--loss_"], ["--loss_type", "--loss_kwargs"]),
+        (["sft", "--loss", "t"], ["target_sft", "talr"]),
+        (["sft", "--loss", "dft", "--learn"], ["--learning_rate"]),  # one spelling of two
+        (["sft", "--accelerate_config", "z"], ["zero1", "zero2", "zero3"]),
+        (["grpo", "--reward_w"], ["--reward_weights"]),
+        (["dpo", "--num_proc"], ["--num_processes"]),  # accelerate's
+        (["losses", "ea"], ["eaft"]),
+        (["chain", "--"], ["--help", "--config", "--dry_run", "--from", "--to"]),
+    ],
+)
+def test_completion(completed, words, offered):
+    assert sorted(completed(*words)) == sorted(offered)
 
 
 def test_help_names_all_commands(capsys):
@@ -404,6 +443,13 @@ def test_print_config(recipe, launched, capsys):
     assert "hush" not in shown
     assert "secret" not in shown
     assert "warmup_steps" not in shown
+
+
+def test_a_token_in_an_error_is_masked(refused, recipe):
+    token = "hf_" + "a1B2" * 8
+    (line,) = refused("--config", recipe(), "--max_steps", token)
+    assert token not in line
+    assert "'***'" in line
 
 
 def test_print_config_of_a_cache(recipe, launched, capsys):
