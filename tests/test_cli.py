@@ -221,7 +221,10 @@ def test_help_of_sft(capsys):
         main(["sft", "-h"])
     assert stop.value.code == 0
     shown = capsys.readouterr().out
-    assert "usage: trl-qtarget sft " in shown
+    assert shown.startswith("usage: trl-qtarget sft [--config FILE] [--OPTION VALUE ...]\n")
+    assert "--max_steps" not in shown.partition("\noptions of trl sft:\n")[0]
+    assert "--loss_kwargs" not in shown.partition("\noptions of trl sft:\n")[2]
+    assert "--max-steps" not in shown
     words = "--loss --teacher_model_name_or_path --packing --lora_r --datasets --config --overwrite_output_dir"
     assert all(f"  {word} " in shown for word in words.split())
     assert "zero3" in shown

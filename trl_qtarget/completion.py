@@ -13,6 +13,7 @@ from .chain.run import make_parser as chain_parser
 from .chain.validate import parser
 from .presets import PRESETS
 from .scripts.launching import accelerate_configs
+from .scripts.parsing import spellings
 
 
 FOLDERS = ("output_dir", "teacher_cache", "model_name_or_path", "teacher_model_name_or_path")
@@ -28,9 +29,8 @@ def script(shell: str, root: argparse.ArgumentParser, light: Mapping[str, argpar
     (commands,) = (action.choices for action in root._actions if isinstance(action, argparse._SubParsersAction))
     for name, command in commands.items():
         for action in light[name]._actions if name in light else _options(name):
-            # of two spellings the first one, with underscores; accelerate's where the command has none of that name
-            spellings = {word.replace("-", "_"): word for word in reversed(action.option_strings)}
-            words = [word for word in reversed(spellings.values()) if word not in command._option_string_actions]
+            # accelerate's where the command has none of that name
+            words = [word for word in spellings(action) if word not in command._option_string_actions]
             if words or not action.option_strings:
                 action.option_strings = words
                 command._add_action(_described(action))

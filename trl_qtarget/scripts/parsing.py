@@ -4,6 +4,7 @@ TRL's own parser ignores some unknown words, hands others to accelerate, and tak
 """
 
 import argparse
+import copy
 import os
 import re
 import sys
@@ -42,6 +43,20 @@ class Parsed:
     launch: list[str]  # accelerate's words, of the file and then of the command line
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Each option once: the spelling with dashes is left out where there is one with underscores."""
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        shown = copy.copy(action)
+        shown.option_strings = spellings(action)
+        return super()._format_action_invocation(shown)
+
+
+def spellings(action: argparse.Action) -> list[str]:
+    """The option's names, the first one of those that differ in `-` and `_` only."""
+    return [*reversed({word.replace("-", "_"): word for word in reversed(action.option_strings)}.values())]
+
+
 class StrictParser(TrlParser):
     """`TrlParser` for `dataclass_types`; words it does not have must be `launcher`'s.
 
@@ -49,7 +64,7 @@ class StrictParser(TrlParser):
     """
 
     def __init__(self, dataclass_types, launcher: argparse.ArgumentParser | None = None, **kwargs):
-        super().__init__(dataclass_types, allow_abbrev=False, **kwargs)
+        super().__init__(dataclass_types, allow_abbrev=False, formatter_class=Help, **kwargs)
         self.launcher = launcher
         known = launcher._option_string_actions if launcher else {}
         self.accelerate = {word: action for word, action in known.items() if action.dest != "help"}
@@ -58,6 +73,12 @@ class StrictParser(TrlParser):
 
     def error(self, message: str) -> NoReturn:
         fail(self.prog, message)
+
+    def show_last(self, title: str, names: set[str]) -> None:
+        """Give some options a part of their own at the end of the help."""
+        theirs = self.add_argument_group(title)._group_actions
+        theirs += [action for action in self._actions if action.dest in names]
+        self._optionals._group_actions = [action for action in self._actions if action not in theirs]
 
     def parse_args_and_config(self, args: Iterable[str] | None = None, **_: Any) -> tuple[Any, ...]:
         """One instance of each dataclass, from the command line, then `--config`, then the defaults."""
