@@ -111,8 +111,9 @@ def completion(argv: list[str]) -> int:
     parser.add_argument("shell", choices=shtab.SUPPORTED_SHELLS)
     shell = parser.parse_args(argv).shell
     from . import completion as made
+    from .chain.run import make_parser as of_chain
 
-    print(made.script(shell, make_parser(), {"losses": _losses_parser(), "completion": parser}))
+    print(made.script(shell, make_parser(), {"chain": of_chain(), "losses": _losses_parser(), "completion": parser}))
     return 0
 
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import shtab
 
-from .chain.run import make_parser as chain_parser
 from .chain.validate import parser
 from .presets import PRESETS
 from .scripts.launching import accelerate_configs
@@ -39,9 +38,6 @@ def script(shell: str, root: argparse.ArgumentParser, light: Mapping[str, argpar
 
 def _options(command: str) -> Iterator[argparse.Action]:
     """Those of a command that loads TRL, accelerate's among them where it is launched by that."""
-    if command == "chain":
-        yield from chain_parser()._actions
-        return
     try:
         own = parser(command, command)
     except (ImportError, AttributeError):  # of TRL, and no script that has options
