@@ -189,6 +189,15 @@ def test_unknown_loss(capsys):
 # What goes to TRL
 
 
+@pytest.mark.parametrize(("ended", "code"), [(3, 3), (-9, 137)])
+def test_a_script_of_trl_that_fails_adds_no_traceback(monkeypatch, ended, code):
+    def fails(argv):
+        raise subprocess.CalledProcessError(ended, argv)
+
+    monkeypatch.setattr("trl.cli.main", fails)
+    assert main(["grpo", "--beta", "0"]) == code
+
+
 def test_other_commands_are_trls(monkeypatch):
     seen = []
     monkeypatch.setattr("trl.cli.main", lambda argv: seen.append(argv) or 7)

@@ -166,7 +166,10 @@ def _run_trl(argv: list[str]) -> int:
         from trl.cli import main as trl
     except ImportError:
         return subprocess.call(["trl", *argv])
-    return trl(argv)
+    try:
+        return trl(argv)
+    except subprocess.CalledProcessError as ended:  # the script has said why; the launcher's traceback would hide it
+        return ended.returncode if ended.returncode >= 0 else 128 - ended.returncode
 
 
 def _print(what: Any) -> None:
