@@ -187,6 +187,8 @@ def test_defaults_are_for_the_stages_that_know_them(chain, started):
         ({}, {"sft": {"step0_tolerance": 1}}, "stage sft: sft has no reference, so it takes no step0_tolerance"),
         ({}, {"sft": {"hub_token": "hf_x"}}, "stage sft: leave out the secret in hub_token"),
         ({}, {"sft": {"env": {"WANDB_API_KEY": "x"}}}, "stage sft: leave out the secret in env"),
+        ({}, {"sft": {"env": {"COMET_TOKEN": "x"}}}, "stage sft: leave out the secret in env"),
+        ({"defaults": CPU | {"report_to": ["hf_x"]}}, {}, "defaults: leave out the secret in report_to"),
         (
             {},
             {"dpo": {"run_name": "${stages.sfft.output_dir}"}},
@@ -196,6 +198,7 @@ def test_defaults_are_for_the_stages_that_know_them(chain, started):
         ({}, {"dpo": {"run_name": "${sft}"}}, "stage dpo: run_name has '${sft}': the only reference is"),
         ({"defaults": CPU | {"use_cpuu": True}}, {}, "defaults: no stage knows 'use_cpuu' (did you mean 'use_cpu'?)"),
         ({}, {"dpo": {"betta": 1}}, "stage dpo: unknown key 'betta' (did you mean 'beta'?)"),
+        ({}, {"dpo": {"handof": "merge"}}, "stage dpo: unknown key 'handof' (did you mean 'handoff'?)"),
         ({}, {"dpo": {"beta": "much"}}, "stage dpo: beta must be a number, got 'much'"),
         ({}, {"dpo": {"model_name_or_path": "./no"}}, "stage dpo: model_name_or_path: there is no folder ./no"),
         (
@@ -224,8 +227,33 @@ def test_mistakes(chain, started, capsys, top, changes, said):
 
 
 def test_mistakes_of_all_stages_at_once(chain, started, capsys):
-    lines = refused(chain(sft={"los": 1}, dpo={"betta": 1, "max_steps": "x"}, grpo={"reward_funcs": "no"}), capsys)
-    assert [line.split(": ")[0] for line in lines] == ["stage sft", "stage dpo", "stage dpo", "stage grpo"]
+    """Whatever finds them: the chain's file, its references, the commands' parsers, their dataclasses, the disk."""
+    lines = refused(
+        chain(
+            {"defaults": CPU | {"use_cpuu": True}},
+            sft={"los": 1, "model_name_or_path": "./no"},
+            dpo={"command": "dpoo", "betta": 1, "max_steps": "x", "ref_model_name": "${stages.sff.output_dir}"},
+            grpo={"env": {"HF_TOKEN": "x"}, "num_generations": 3, "reward_funcs": "no", **data("no.jsonl")},
+        ),
+        capsys,
+    )
+    expected = [
+        "stage dpo: command must be one of sft, dpo, ",
+        "stage grpo: leave out the secret in env",
+        "defaults: no stage knows 'use_cpuu'",
+        "stage dpo: ref_model_name refers to stage 'sff'",
+        "stage sft: unknown key 'los'",
+        "stage sft: model_name_or_path: there is no folder ./no",
+        "stage dpo: unknown key 'betta'",
+        "stage dpo: unknown key 'ref_model_name'",
+        "stage dpo: max_steps must be a whole number, got 'x'",
+        "stage grpo: generation_batch_size",
+        "stage grpo: the data no.jsonl cannot be read",
+        "stage grpo: reward_funcs: no: there is no no in trl.rewards",
+    ]
+    assert [line[: len(start)] for line, start in zip(sorted(lines), sorted(expected), strict=True)] == sorted(
+        expected
+    )
     assert not started
 
 

@@ -3,10 +3,12 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -89,6 +91,43 @@ sys.exit('torch' in sys.modules)"""
     assert answer.returncode == 0, answer.stderr
 
 
+@pytest.fixture(scope="module")
+def completed(tmp_path_factory):
+    """`completed(*words)`: what bash offers for the last of the words after trl-qtarget."""
+    file = tmp_path_factory.mktemp("completion") / "trl-qtarget"
+    with file.open("w") as text, redirect_stdout(text):
+        assert main(["completion", "bash"]) == 0
+    ask = (
+        'source "$0"; COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _shtab_trl_qtarget; printf "%s\\n" "${COMPREPLY[@]}"'
+    )
+
+    def offers(*words):
+        call = ["bash", "-c", ask, str(file), "trl-qtarget", *words]
+        return subprocess.run(call, capture_output=True, text=True, check=True).stdout.split()
+
+    return offers
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+@pytest.mark.parametrize(
+    ("words", "offered"),
+    [
+        (["c"], ["cache", "chain", "completion"]),
+        (["vllm"], ["vllm-serve"]),
+        (["sft", "--loss_"], ["--loss_type", "--loss_kwargs"]),
+        (["sft", "--loss", "t"], ["target_sft", "talr"]),
+        (["sft", "--loss", "dft", "--learn"], ["--learning_rate"]),  # one spelling of two
+        (["sft", "--accelerate_config", "z"], ["zero1", "zero2", "zero3"]),
+        (["grpo", "--reward_w"], ["--reward_weights"]),
+        (["dpo", "--num_proc"], ["--num_processes"]),  # accelerate's
+        (["losses", "ea"], ["eaft"]),
+        (["chain", "--"], ["--help", "--config", "--dry_run", "--from", "--to"]),
+    ],
+)
+def test_completion(completed, words, offered):
+    assert sorted(completed(*words)) == sorted(offered)
+
+
 def test_help_names_all_commands(capsys):
     assert main([]) == 0
     shown = capsys.readouterr().out
@@ -150,6 +189,15 @@ def test_unknown_loss(capsys):
 # What goes to TRL
 
 
+@pytest.mark.parametrize(("ended", "code"), [(3, 3), (-9, 137)])
+def test_a_script_of_trl_that_fails_adds_no_traceback(monkeypatch, ended, code):
+    def fails(argv):
+        raise subprocess.CalledProcessError(ended, argv)
+
+    monkeypatch.setattr("trl.cli.main", fails)
+    assert main(["grpo", "--beta", "0"]) == code
+
+
 def test_other_commands_are_trls(monkeypatch):
     seen = []
     monkeypatch.setattr("trl.cli.main", lambda argv: seen.append(argv) or 7)
@@ -182,7 +230,10 @@ def test_help_of_sft(capsys):
         main(["sft", "-h"])
     assert stop.value.code == 0
     shown = capsys.readouterr().out
-    assert "usage: trl-qtarget sft " in shown
+    assert shown.startswith("usage: trl-qtarget sft [--config FILE] [--OPTION VALUE ...]\n")
+    assert "--max_steps" not in shown.partition("\noptions of trl sft:\n")[0]
+    assert "--loss_kwargs" not in shown.partition("\noptions of trl sft:\n")[2]
+    assert "--max-steps" not in shown
     words = "--loss --teacher_model_name_or_path --packing --lora_r --datasets --config --overwrite_output_dir"
     assert all(f"  {word} " in shown for word in words.split())
     assert "zero3" in shown
@@ -404,6 +455,13 @@ def test_print_config(recipe, launched, capsys):
     assert "hush" not in shown
     assert "secret" not in shown
     assert "warmup_steps" not in shown
+
+
+def test_a_token_in_an_error_is_masked(refused, recipe):
+    token = "hf_" + "a1B2" * 8
+    (line,) = refused("--config", recipe(), "--max_steps", token)
+    assert token not in line
+    assert "'***'" in line
 
 
 def test_print_config_of_a_cache(recipe, launched, capsys):

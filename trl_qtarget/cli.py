@@ -40,13 +40,19 @@ def main(argv: list[str] | None = None) -> int:
     others = _commands_of_trl()
     if command is not None and (command in others or (not others and not command.startswith("-"))):
         return _run_trl(argv)
+    parser = make_parser()
+    print("\n".join(compat.about()) if parser.parse_args(argv).version else parser.format_help())
+    return 0
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """All commands and what each is for, without their options."""
     parser = argparse.ArgumentParser(prog=PROG, allow_abbrev=False)
     parser.add_argument("--version", action="store_true", help="show the versions that matter and exit")
     subparsers = parser.add_subparsers(help="available commands", dest="command", metavar="command")
-    for name, text in ({name: run.__doc__ for name, run in COMMANDS.items()} | others).items():
+    for name, text in ({name: run.__doc__ for name, run in COMMANDS.items()} | _commands_of_trl()).items():
         subparsers.add_parser(name, help=text)
-    print("\n".join(compat.about()) if parser.parse_args(argv).version else parser.format_help())
-    return 0
+    return parser
 
 
 def sft(argv: list[str]) -> int:
@@ -88,14 +94,26 @@ def chain(argv: list[str]) -> int:
 
 def losses(argv: list[str]) -> int:
     """List the losses, or describe one of them"""
-    parser = argparse.ArgumentParser(prog=f"{PROG} losses", description=losses.__doc__)
-    parser.add_argument("name", nargs="?", help="a loss of the list, or yours as my_module:my_loss or file.py:my_loss")
-    name = parser.parse_args(argv).name
+    name = _losses_parser().parse_args(argv).name
     try:
         _print(_table() if name is None else _description(name, find(name)))
     except ValueError as mistake:
         print(f"{PROG} losses: {mistake}", file=sys.stderr)
         return 2
+    return 0
+
+
+def completion(argv: list[str]) -> int:
+    """Print a script for your shell, which then completes commands, options and losses"""
+    import shtab
+
+    parser = argparse.ArgumentParser(prog=f"{PROG} completion", description=completion.__doc__)
+    parser.add_argument("shell", choices=shtab.SUPPORTED_SHELLS)
+    shell = parser.parse_args(argv).shell
+    from . import completion as made
+    from .chain.run import make_parser as of_chain
+
+    print(made.script(shell, make_parser(), {"chain": of_chain(), "losses": _losses_parser(), "completion": parser}))
     return 0
 
 
@@ -106,7 +124,14 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "chain": chain,
     "losses": losses,
     "eval": evaluate,
+    "completion": completion,
 }
+
+
+def _losses_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=f"{PROG} losses", description=losses.__doc__)
+    parser.add_argument("name", nargs="?", help="a loss of the list, or yours as my_module:my_loss or file.py:my_loss")
+    return parser
 
 
 def _launch(script: Any, prog: str, argv: list[str]) -> int:
@@ -141,7 +166,10 @@ def _run_trl(argv: list[str]) -> int:
         from trl.cli import main as trl
     except ImportError:
         return subprocess.call(["trl", *argv])
-    return trl(argv)
+    try:
+        return trl(argv)
+    except subprocess.CalledProcessError as ended:  # the script has said why; the launcher's traceback would hide it
+        return ended.returncode if ended.returncode >= 0 else 128 - ended.returncode
 
 
 def _print(what: Any) -> None:

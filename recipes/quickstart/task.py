@@ -96,6 +96,13 @@ def correct(completion: str, answer: str, row: dict, ended: bool) -> bool:
     return ended and completion.partition("#")[2] == answer
 
 
+def reward(completions: list[str], completion_ids: list[list[int]], answer: list[str], **columns) -> list[float]:
+    """The same as a reward of TRL's GRPO, which decodes completions without their end token: 1 or 0 each."""
+    end = ALPHABET.index(EOS)
+    given = zip(completions, answer, completion_ids, strict=True)
+    return [float(correct(text, digit, {}, end in ids)) for text, digit, ids in given]
+
+
 def write_jsonl(path: Path, rows: list[Row]) -> Path:
     """One JSON object a line."""
     path.parent.mkdir(parents=True, exist_ok=True)

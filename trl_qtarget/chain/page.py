@@ -26,7 +26,7 @@ WIDTH, HEIGHT, MARGIN = 320, 140, 8
 STYLE = (
     "body{font:15px/1.5 system-ui,sans-serif;max-width:1080px;margin:2rem auto;padding:0 1rem;color:#222}"
     "table{border-collapse:collapse}td,th{padding:.2rem 1rem .2rem 0;text-align:left}"
-    "figure{display:inline-block;margin:.5rem 1rem .5rem 0}svg{background:#f6f6f6}"
+    "figure{display:inline-block;width:320px;vertical-align:top;margin:.5rem 1rem .5rem 0}svg{background:#f6f6f6}"
     "polyline{fill:none;stroke:#2563a8;stroke-width:1.5}figcaption{font-size:13px;color:#555}"
 )
 

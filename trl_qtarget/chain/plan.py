@@ -3,6 +3,7 @@
 Settings stay YAML nodes until the stage's own parser reads them: only that knows whether `no` is a word or false.
 """
 
+import difflib
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -57,8 +58,9 @@ class Draft:
 
 @dataclass(frozen=True)
 class Chain:
-    """The file, read."""
+    """The file, read, and the `mistakes` in it that leave it readable."""
 
+    mistakes: list[str]
     output_dir: Path
     defaults: dict[str, yaml.Node]
     drafts: list[Draft]
@@ -98,7 +100,7 @@ def read(file: str) -> Chain:
     """The chain of a YAML file.
 
     Raises:
-        Mistakes: all of them.
+        Mistakes: why there is none.
     """
     try:
         top = dict(load(file))
@@ -124,9 +126,9 @@ def read(file: str) -> Chain:
     taken = {name for name in names if names.count(name) > 1 or name.removesuffix("-merge") in {*names} - {name}}
     found += [f"stage {name}: the name is taken, give it another `name`" for name in sorted(taken)]
     found += [f"{where}: {why}" for where, why in _secrets(defaults, drafts)]
-    if found:
+    if len(drafts) < len(entries) or not entries or taken or not isinstance(folder, str):
         raise Mistakes(*found)
-    return Chain(Path(str(folder)), defaults, drafts)
+    return Chain(found, Path(folder), defaults, drafts)
 
 
 def _draft(entry: yaml.Node, number: int) -> tuple[Draft | None, list[str]]:
@@ -139,11 +141,16 @@ def _draft(entry: yaml.Node, number: int) -> tuple[Draft | None, list[str]]:
     if command not in OUTPUT:
         guess = nearest(str(command), OUTPUT) if command is not None else ""
         found.append(f"{where}: command must be one of {', '.join(OUTPUT)}, got {command!r}{guess}")
+        close = difflib.get_close_matches(str(command), OUTPUT, n=1)
+        if not close:
+            return None, found
+        command = close[0]  # so that mistakes in its settings are found too
     if not isinstance(label, str) or not NAME.fullmatch(label):
-        found.append(f"{where}: name must be of letters, digits, '.', '_' and '-', got {label!r}")
+        return None, [*found, f"{where}: name must be of letters, digits, '.', '_' and '-', got {label!r}"]
     handoff, tolerance = own.get("handoff", "auto"), own.get("step0_tolerance", TOLERANCE)
     if handoff not in HANDOFFS:
         found.append(f"{where}: handoff must be one of {', '.join(HANDOFFS)}, got {handoff!r}")
+        handoff = "auto"
     if tolerance is not None and (
         isinstance(tolerance, bool) or not isinstance(tolerance, int | float) or tolerance < 0
     ):
@@ -158,7 +165,7 @@ def _draft(entry: yaml.Node, number: int) -> tuple[Draft | None, list[str]]:
     found += [f"{where}: leave out {key}: {why}" for key, why in CHAINS.items() if key in settings]
     if command == "cache" and "teacher_cache" in settings:
         found.append(f"{where}: leave out teacher_cache: {CHAINS['output_dir']}")
-    return (None if found else Draft(str(label), str(command), handoff, tolerance, settings)), found
+    return Draft(label, command, handoff, tolerance, settings), found
 
 
 def _mapping(node: yaml.Node | None, where: str) -> tuple[dict[str, yaml.Node], list[str]]:
@@ -193,11 +200,11 @@ def _secrets(defaults: dict[str, yaml.Node], drafts: list[Draft]) -> Iterator[tu
 def resolve(chain: Chain, options: Mapping[str, Iterable[str]]) -> list[Stage]:
     """Its stages, merges among them. `options`: the names that each command knows, for `defaults`.
 
-    Raises:
-        Mistakes: all of them.
+    Mistakes are added to the chain's.
     """
     everything = set().union(*options.values())
-    found = [
+    found = chain.mistakes
+    found += [
         f"defaults: no stage knows {key!r}{nearest(key, everything)}"
         for key in chain.defaults
         if key not in everything
@@ -215,6 +222,7 @@ def resolve(chain: Chain, options: Mapping[str, Iterable[str]]) -> list[Stage]:
                 settings[key] = _filled(node, handed)
             except ValueError as mistake:
                 found.append(f"stage {draft.name}: {key} {mistake}")
+                settings[key] = scalar("planned/unknown")  # so that it is not missing as well
         if policy is not None:
             settings.setdefault("model_name_or_path", scalar(policy))
         stage = _stage(draft, settings, chain.output_dir)
@@ -226,8 +234,6 @@ def resolve(chain: Chain, options: Mapping[str, Iterable[str]]) -> list[Stage]:
             stages.append(_merge(stage, chain.output_dir))
         handed[draft.name] = str(stages[-1].output)
         policy = handed[draft.name] if draft.command in POLICIES else policy
-    if found:
-        raise Mistakes(*found)
     return stages
 
 

@@ -59,14 +59,15 @@ def make_parser() -> argparse.ArgumentParser:
 def _run(chain: Chain, args: argparse.Namespace) -> int:
     from rich.console import Console
 
-    console = Console(markup=False, highlight=False, soft_wrap=not sys.stdout.isatty())
+    # to a file or a pipe no path is cut
+    console = Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else 250)
     stages = resolve(chain, _options(chain, args.dry_run))
     made = keys(stages)
     stages, again = _selected(stages, made, args)
     done = {stage.name for stage in stages if stage.name not in again and is_done(stage, made[stage.name])}
     ready: dict[str, Any] = {}
-    if len(done) < len(stages):
-        ready = _validated(stages, done, made, chain.output_dir)
+    if chain.mistakes or len(done) < len(stages):
+        ready = _validated(chain, stages, done)
     if args.dry_run:
         console.print(_plan(stages, made, done, again))
         return 0
@@ -87,17 +88,18 @@ def _run(chain: Chain, args: argparse.Namespace) -> int:
     return 0
 
 
-def _validated(stages: list[Stage], done: set[str], made: dict[str, str], root: Path) -> dict[str, Any]:
+def _validated(chain: Chain, stages: list[Stage], done: set[str]) -> dict[str, Any]:
     from .inputs import full_disk
     from .validate import validate
 
-    ready, found = validate(stages, done)
+    ready, wrong = validate(stages, done)
+    found = [*chain.mistakes, *wrong]
     for stage in stages:
         if record(stage.folder) is None and stage.folder.exists() and any(stage.folder.iterdir()):
             found.append(
                 f"stage {stage.name}: {stage.folder} is no stage of a chain: choose another output_dir or name"
             )
-    found += full_disk([stage for stage in stages if stage.name not in done], root)
+    found += full_disk([stage for stage in stages if stage.name not in done], chain.output_dir)
     if found:
         raise Mistakes(*found)
     return ready

@@ -4,12 +4,12 @@ Every stage's settings go through its command's own parser, made strict. What an
 is stood in for by a name that looks like the Hub's.
 """
 
+import argparse
 import contextlib
 import copy
 import importlib
 import io
 import os
-import tempfile
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from trl import DatasetMixtureConfig
 
 from ..scripts import preflight
 from ..scripts.launching import make_launcher
-from ..scripts.parsing import Parsed, StrictParser
-from ..scripts.reading import load
+from ..scripts.parsing import StrictParser
 from . import inputs
-from .plan import POLICIES, Stage, plain
+from .plan import OWN, POLICIES, Stage, plain
 
 
 OURS = ("sft", "cache", "eval", "merge")
@@ -64,16 +64,23 @@ def validate(stages: list[Stage], done: set[str]) -> tuple[dict[str, Ready], lis
 
 
 def _stage(stage: Stage, planned: dict[str, str], stages: list[Stage]) -> tuple[Ready, list[str]]:
-    with tempfile.TemporaryDirectory() as scratch, _own_environment():
-        file = Path(scratch, "stage.yaml")
-        file.write_text(_text(stage, planned), encoding="utf-8")
-        try:
-            made, parsed = _parse(stage.command, str(file))
-        except ValueError as mistakes:
-            return Ready({}, []), [line.replace(f"{file}: ", "") for line in mistakes.args]
-        back = {stand_in: path for path, stand_in in planned.items()}
-        found = [*_no_adapter(stage, stages), *_checks(stage.command, parsed.values)]
-        return Ready(_replaced(made.settings, back), made.words), [_replaced(line, back) for line in found]
+    made = parser(stage.command, stage.command)
+    nodes = yaml.compose(_text(stage, planned), yaml.SafeLoader).value
+    with _own_environment():
+        names, launch, found = made.take([(name.value, node) for name, node in nodes], OWN)
+        # before dataclasses work on the very objects
+        settings = {name: copy.deepcopy(made.get_default(name)) for name in names}
+        given = {action.dest: copy.deepcopy(made.get_default(action.dest)) for action in made._actions}
+        values, wrong = _values(made, launch)
+        found += [*wrong, *_no_adapter(stage, stages), *_wrong(stage.command, given)]
+        if not found:
+            found = _missing(stage.command, values)
+    environment = plain(stage.settings.get("env"))
+    flags = [word for word in launch if "=" not in word]
+    settings |= dict(word[2:].split("=", 1) for word in launch if "=" in word)
+    settings |= {"env": environment} if environment else {}
+    back = {stand_in: path for path, stand_in in planned.items()}
+    return Ready(_replaced(settings, back), flags), [_replaced(line, back) for line in found]
 
 
 def _text(stage: Stage, planned: dict[str, str]) -> str:
@@ -94,30 +101,17 @@ def _replaced(value: Any, names: dict[str, str]) -> Any:
     return value
 
 
-def _parse(command: str, file: str) -> tuple[Ready, Parsed]:
-    """Read a stage's file as its command will.
-
-    Raises:
-        ValueError: each mistake an argument.
-    """
+def _values(made: StrictParser, launch: list[str]) -> tuple[tuple[Any, ...], list[str]]:
+    """What the settings that a parser has taken come to, and why that is nothing."""
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the command itself will say them
-            reader = parser(command, command)
-            sources, launch = reader.read_settings(file)
-            # before dataclasses work on the very objects
-            settings = {name: copy.deepcopy(reader.get_default(name)) for name in sources}
-            parsed = reader.parse(["--config", file])
+            return made.parse(launch).values, []
     except SystemExit:
-        lines = said.getvalue().splitlines()
-        raise ValueError(*(line.removeprefix(f"{command}: ") for line in lines)) from None
+        return (), [line.removeprefix(f"{made.prog}: ") for line in said.getvalue().splitlines()]
     except Exception as mistake:  # whatever a dataclass of another package says of its values
-        raise ValueError(str(mistake)) from None
-    environment = plain(dict(load(file)).get("env"))
-    flags = [word for word in launch if "=" not in word]
-    values = dict(word[2:].split("=", 1) for word in launch if "=" in word)
-    return Ready(settings | values | ({"env": environment} if environment else {}), flags), parsed
+        return (), [str(mistake)]
 
 
 @contextlib.contextmanager
@@ -146,17 +140,29 @@ def _no_adapter(stage: Stage, stages: list[Stage]) -> list[str]:
     return [f"{stage.command} cannot start from an adapter alone, as TRL loads none: use handoff: merge before it"]
 
 
-def _checks(command: str, values: tuple[Any, ...]) -> list[str]:
-    named = {f.name: getattr(value, f.name) for value in values for f in fields(value)}
-    found = inputs.wrong_data(command, named)
+def _wrong(command: str, given: dict[str, Any]) -> list[str]:
+    """Folders, data and functions that are named, and are not there."""
+    found = []
+    if command != "eval":
+        found += preflight.no_model("model_name_or_path", given["model_name_or_path"])
     if command == "merge":
-        return []
+        return found
     if command == "eval":
-        return found + inputs.wrong_evaluation(values[0])
+        if given["dataset"] and given["model_name_or_path"]:
+            found += inputs.wrong_data(command, given) + inputs.wrong_evaluation(argparse.Namespace(**given))
+        return found
+    given["datasets"] = DatasetMixtureConfig(given["datasets"]).datasets
+    found += inputs.wrong_data(command, given)
+    return found + (inputs.wrong_rewards(given) if given.get("reward_funcs") else [])
+
+
+def _missing(command: str, values: tuple[Any, ...]) -> list[str]:
+    """What is not given, if nothing that is given is wrong: else it may be what was meant."""
+    if command in ("eval", "merge"):
+        return []
     if command in OURS:
-        return importlib.import_module(f"trl_qtarget.scripts.{command}").mistakes(*values) + found
-    if named["model_name_or_path"] is None:
-        found.append("no model: set model_name_or_path")
-    found += preflight.no_model("model_name_or_path", named["model_name_or_path"])
+        return importlib.import_module(f"trl_qtarget.scripts.{command}").mistakes(*values)
+    named = {f.name: getattr(value, f.name) for value in values for f in fields(value)}
+    found = [] if named["model_name_or_path"] else ["no model: set model_name_or_path"]
     found += preflight.no_data(values[0], values[-1])
     return found + (inputs.wrong_rewards(named) if command in ("grpo", "rloo") else [])

@@ -4,6 +4,7 @@ TRL's own parser ignores some unknown words, hands others to accelerate, and tak
 """
 
 import argparse
+import copy
 import os
 import re
 import sys
@@ -12,6 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NoReturn, get_type_hints
 
+import yaml
 from trl import TrlParser
 
 from .reading import UNSET, environment, load, nearest, read, words
@@ -25,7 +27,8 @@ def fail(prog: str, *mistakes: Any, code: int = 2) -> NoReturn:
     if os.environ.get("RANK", "0") != "0":
         time.sleep(10)  # rank 0 says it, and its end ends this process; what only this rank knows is said here
     for mistake in mistakes:
-        print(f"{prog}: {' '.join(str(mistake).split())}", file=sys.stderr)
+        said = re.sub(r"\bhf_[A-Za-z0-9]{16,}", "***", " ".join(str(mistake).split()))  # a token of the Hub
+        print(f"{prog}: {said}", file=sys.stderr)
     raise SystemExit(code)
 
 
@@ -40,6 +43,20 @@ class Parsed:
     launch: list[str]  # accelerate's words, of the file and then of the command line
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Each option once: the spelling with dashes is left out where there is one with underscores."""
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        shown = copy.copy(action)
+        shown.option_strings = spellings(action)
+        return super()._format_action_invocation(shown)
+
+
+def spellings(action: argparse.Action) -> list[str]:
+    """The option's names, the first one of those that differ in `-` and `_` only."""
+    return [*reversed({word.replace("-", "_"): word for word in reversed(action.option_strings)}.values())]
+
+
 class StrictParser(TrlParser):
     """`TrlParser` for `dataclass_types`; words it does not have must be `launcher`'s.
 
@@ -47,7 +64,7 @@ class StrictParser(TrlParser):
     """
 
     def __init__(self, dataclass_types, launcher: argparse.ArgumentParser | None = None, **kwargs):
-        super().__init__(dataclass_types, allow_abbrev=False, **kwargs)
+        super().__init__(dataclass_types, allow_abbrev=False, formatter_class=Help, **kwargs)
         self.launcher = launcher
         known = launcher._option_string_actions if launcher else {}
         self.accelerate = {word: action for word, action in known.items() if action.dest != "help"}
@@ -56,6 +73,12 @@ class StrictParser(TrlParser):
 
     def error(self, message: str) -> NoReturn:
         fail(self.prog, message)
+
+    def show_last(self, title: str, names: set[str]) -> None:
+        """Give some options a part of their own at the end of the help."""
+        theirs = self.add_argument_group(title)._group_actions
+        theirs += [action for action in self._actions if action.dest in names]
+        self._optionals._group_actions = [action for action in self._actions if action not in theirs]
 
     def parse_args_and_config(self, args: Iterable[str] | None = None, **_: Any) -> tuple[Any, ...]:
         """One instance of each dataclass, from the command line, then `--config`, then the defaults."""
@@ -100,32 +123,41 @@ class StrictParser(TrlParser):
     def read_settings(self, file: str) -> tuple[dict[str, str], list[str]]:
         """Make the file's values the defaults. Returns where those came from, and accelerate's words."""
         try:
-            settings = load(file)
+            names, launch, mistakes = self.take(load(file))
         except ValueError as mistake:
             self.error(str(mistake))
+        if mistakes:
+            fail(self.prog, *(f"{file}: {mistake}" for mistake in mistakes))
+        return dict.fromkeys(names, file), launch
+
+    def take(
+        self, settings: Iterable[tuple[str, yaml.Node]], others: Iterable[str] = ()
+    ) -> tuple[list[str], list[str], list[str]]:
+        """Make values the defaults. Returns their names, accelerate's words, and what is wrong with the rest.
+
+        others: keys that are known elsewhere, and could have been meant
+        """
         actions = {action.dest: action for action in self._actions if action.dest in self.hints}
-        mistakes, sources, launch = [], {}, []
+        known = [*actions, *(word[2:] for word in self.accelerate if word.startswith("--")), "env", *others]
+        names, launch, mistakes = [], [], []
         for key, node in settings:
             name = key.replace("-", "_")
             try:
                 if name == "env":
                     os.environ.update(environment(node))
                 elif name in actions:
-                    if name in sources:
-                        raise ValueError("is set twice")
-                    sources[name] = file
-                    self.set_defaults(**{name: read(actions[name], self.hints[name], node)})
                     actions[name].required = False
+                    if name in names:
+                        raise ValueError("is set twice")
+                    names.append(name)
+                    self.set_defaults(**{name: read(actions[name], self.hints[name], node)})
                 elif f"--{name}" in self.accelerate:
                     launch += words(name, self.accelerate[f"--{name}"], node)
                 else:
-                    known = [*actions, *(word[2:] for word in self.accelerate if word.startswith("--")), "env"]
-                    mistakes.append(f"{file}: unknown key {key!r}{nearest(key, known)}")
+                    mistakes.append(f"unknown key {key!r}{nearest(key, known)}")
             except ValueError as mistake:
-                mistakes.append(f"{file}: {key} {mistake}")
-        if mistakes:
-            fail(self.prog, *mistakes)
-        return sources, launch
+                mistakes.append(f"{key} {mistake}")
+        return names, launch, mistakes
 
 
 def _without(all_words: list[str], removed: list[str]) -> list[str]:

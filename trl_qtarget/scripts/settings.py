@@ -10,7 +10,8 @@ from ..registry import find
 from .parsing import Parsed
 
 
-SECRET = re.compile(r"(^|hub_?|hf_?|access_?|auth_?)token$|key$|secret|passw", re.IGNORECASE)
+# tokens of texts (`eos_token`) are none; in the environment every TOKEN is one
+SECRET = re.compile(r"TOKEN$|(?i:(^|hub_?|hf_?|access_?|auth_?|api_?)token$|key$|secret|passw)")
 
 
 def show(parsed: Parsed, more: dict[str, tuple[Any, str]]) -> None:
@@ -40,9 +41,11 @@ def of_loss(parsed: Parsed) -> dict[str, tuple[Any, str]]:
 
 
 def masked(name: str, value: Any) -> Any:
-    """`value`, or stars if it is a secret; inside mappings too."""
+    """`value`, or stars if it is a secret; inside mappings and lists too."""
     if isinstance(value, dict):
         return {key: masked(str(key), inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [masked(name, inner) for inner in value]
     if isinstance(value, str) and (SECRET.search(name) or value.startswith("hf_")):
         return "***"
     return value

@@ -47,7 +47,7 @@ trl-qtarget sft \
 import argparse
 import sys
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from trl import ScriptArguments
@@ -170,7 +170,7 @@ def make_parser(
     subparsers: argparse._SubParsersAction | None = None, prog: str | None = None, more: tuple[type, ...] = ()
 ) -> StrictParser:
     """The options of a training recipe, and those of `more` dataclasses."""
-    from trl import DatasetMixtureConfig, ModelConfig
+    from trl import DatasetMixtureConfig, ModelConfig, SFTConfig
 
     from trl_qtarget import TargetSFTConfig
 
@@ -183,6 +183,7 @@ def make_parser(
         kinds,
         launcher=make_launcher(),
         prog=prog or PROG,
+        usage="%(prog)s [--config FILE] [--OPTION VALUE ...]",
         epilog="Options of `accelerate launch` (see its --help) are options here too, in YAML as well, "
         f"and --accelerate_config with a file or one of {', '.join(accelerate_configs())}.",
     )
@@ -192,6 +193,8 @@ def make_parser(
     parser.add_argument(
         "--print_config", action="store_true", help="Show the settings and where each is from, and do nothing else."
     )
+    theirs = {f.name for kind in (ScriptArguments, SFTConfig, ModelConfig, DatasetMixtureConfig) for f in fields(kind)}
+    parser.show_last("options of trl sft", theirs)
     return parser
 
 
