@@ -12,6 +12,7 @@ import pytest
 from datasets import Dataset
 
 from trl_qtarget import TargetSFTConfig, TargetSFTTrainer, compat
+from trl_qtarget.head import install
 
 
 NAMES = compat.NAMES | compat.NAMES_OF_EXPERTS | compat.NAMES_OF_COMMANDS
@@ -122,6 +123,19 @@ def test_a_module_that_is_gone_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "trl.models.utils", None)
     with pytest.raises(ImportError, match=r"relies on: trl\.models\.utils\.prepare_"):
         compat.check_names()
+
+
+@pytest.mark.parametrize("prefix", ["model", "", "language_model"])
+def test_a_backbone_is_found_where_its_class_misnames_it(tiny_model, monkeypatch, prefix):
+    model = tiny_model()
+    monkeypatch.setattr(type(model), "base_model_prefix", prefix)
+    assert compat.backbone(model) is model.model
+
+
+def test_a_model_whose_backbone_is_elsewhere_is_refused(tiny_model):
+    model = tiny_model().model  # a backbone has none below it
+    with pytest.raises(ValueError, match=r"Qwen3Model of transformers \S+ keeps its backbone where"):
+        install(model)
 
 
 # The tested range

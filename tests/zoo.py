@@ -31,8 +31,15 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
     Qwen2_5_VLProcessor,
 )
-from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+
+try:  # the processors without torchvision, under the names of transformers 5 and of 4
+    from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+except ImportError:
+    from transformers import Gemma3ImageProcessor as Gemma3ImageProcessorPil
+    from transformers import Qwen2VLImageProcessor as Qwen2VLImageProcessorPil
+ROPE = "rope_scaling" if transformers.__version__.startswith("4.") else "rope_parameters"
 
 
 SHAPE = {
@@ -172,7 +179,7 @@ def qwen_vl(seed: int = 1, wider: int = 1) -> PreTrainedModel:
     torch.manual_seed(seed)
     shape = {**SHAPE, "hidden_size": wider * SHAPE["hidden_size"], "num_attention_heads": wider * 2}
     config = Qwen2_5_VLConfig(
-        text_config={**shape, "rope_parameters": {"rope_type": "default", "mrope_section": [2, 2, 4]}},
+        text_config={**shape, ROPE: {"rope_type": "default", "mrope_section": [2, 2, 4]}},
         vision_config={
             "hidden_size": 16, "intermediate_size": 24, "depth": 1, "num_heads": 2, "patch_size": 4,
             "spatial_merge_size": 2, "temporal_patch_size": 2, "out_hidden_size": shape["hidden_size"],

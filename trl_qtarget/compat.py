@@ -183,6 +183,24 @@ def create_model(path: str, **kwargs: Any) -> Any:
     return find("trl.trainer.utils:create_model_from_path")(path, **kwargs)
 
 
+def backbone(model: Any) -> Any:
+    """The part of a model that ends in hidden states, below the head.
+
+    Transformers names it by `base_model_prefix`, which some classes leave empty or wrong: then it is `model.model`.
+
+    Raises:
+        ValueError: neither is there.
+    """
+    named = model.base_model
+    found = getattr(model, "model", None) if named is model else named
+    if found is None:
+        raise ValueError(
+            f"{type(model).__name__} of transformers {version('transformers')} keeps its backbone where trl_qtarget "
+            "does not find it: train it with TRL's SFTTrainer, and please report the model's name."
+        )
+    return found
+
+
 def column_names(dataset: Any) -> list[str]:
     """The columns of a dataset; of a stream that does not say, those of its first row."""
     return find("trl.data_utils:get_dataset_column_names")(dataset)

@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from .compat import balancing_loss
+from .compat import backbone, balancing_loss
 from .kernels.products import Head
 from .loss import LabelCount, QTargetOutput, qtarget_loss
 from .reference import IGNORE, dense_tokens
@@ -42,6 +42,7 @@ SOFTCAPS = ("final_logit_softcapping", "output_logit_soft_cap", "logits_soft_cap
 def install(model: PreTrainedModel) -> None:
     """Give `model` the forward described above. Call it on the base model of a PEFT model, before any wrapping."""
     own_forward = model.forward
+    backbone(model)  # refused here rather than in the first step
 
     # the original's signature, since transformers reads it to decide what a model may be given
     @functools.wraps(type(model).forward)
@@ -50,7 +51,7 @@ def install(model: PreTrainedModel) -> None:
             return own_forward(*args, **kwargs)
         labels, shifted = kwargs.pop("labels", None), kwargs.pop("shift_labels", None)
         kwargs.pop("num_items_in_batch", None)
-        outputs = self.base_model(*args, **kwargs)
+        outputs = backbone(self)(*args, **kwargs)
         head = read_head(self)
         hidden = outputs.last_hidden_state.to(head.weight.device)  # apart only where device_map splits the model
         if shifted is None and labels is not None:
