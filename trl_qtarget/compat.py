@@ -49,6 +49,7 @@ NAMES_OF_EXPERTS = {BALANCING: ("gate_logits", "num_experts", "top_k", "attentio
 
 # What the command line needs; for those of `trl.cli` it has another way
 NAMES_OF_COMMANDS: dict[str, tuple[str, ...]] = {
+    "accelerate.commands.launch:_validate_launch_command": ("args",),
     "accelerate.commands.launch:launch_command": ("args",),
     "accelerate.commands.launch:launch_command_parser": (),
     "trl.cli:main": (),
