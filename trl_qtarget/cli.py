@@ -71,7 +71,9 @@ def plan(argv: list[str]) -> int:
     prog = f"{PROG} plan"
     parsed = _understood(script, prog, argv)
     try:
-        return 0 if parsed is None else script.main(parsed)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the training itself will say them
+            return 0 if parsed is None else script.main(parsed)
     except ValueError as mistake:
         fail(prog, mistake)
 
