@@ -39,15 +39,12 @@ LORA = {"use_peft": True, "lora_target_modules": "all-linear"}
 TEACHER = {"teacher_model_name_or_path": "teacher"}
 SETTINGS: dict[str, dict[str, Any]] = {
     "nll": {"loss": "nll"},
-    "dft, head not tied": {"loss": "dft", "model_name_or_path": "untied"},
     "dft, two micro-batches": {"loss": "dft", "gradient_accumulation_steps": 2},
     "dft, gradient checkpointing": {"loss": "dft", "gradient_checkpointing": True},
     "dft, bf16 autocast": {"loss": "dft", "bf16": True},
     "target_sft": {"loss": "target_sft", **TEACHER},
-    "target_sft, teacher in bf16": {**TEACHER, "teacher_model_init_kwargs": {"dtype": "bfloat16"}},
     "target_sft, LoRA": {"loss": "target_sft", **TEACHER, **LORA},
     "target_sft, cached teacher": {"loss": "target_sft", "teacher_cache": "cache"},
-    "target_sft, average of the student": {"loss": "target_sft", "teacher_ema_decay": 0.99},
     "asft, a copy for reference": {"loss": "asft"},
     "asft, LoRA, adapters off": {"loss": "asft", **LORA},
 }
@@ -55,14 +52,14 @@ COLUMNS = ("predicted_loss", "measured_loss", "predicted_update", "measured_upda
 console = Console()
 
 
-def make(folder: Path, vocab: int, width: int, tie: bool) -> None:
+def make(folder: Path, vocab: int, width: int) -> None:
     """A random model with the tokenizer of the quickstart, whose ids are the first of its rows."""
     from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
     torch.manual_seed(0)
     config = Qwen3Config(
         vocab_size=vocab, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=width // 4, tie_word_embeddings=tie, max_position_embeddings=1024,
+        num_key_value_heads=2, head_dim=width // 4, tie_word_embeddings=True, max_position_embeddings=1024,
     )  # fmt: skip
     Qwen3ForCausalLM(config).save_pretrained(folder)
     AutoTokenizer.from_pretrained(QUICKSTART).save_pretrained(folder)
@@ -71,9 +68,8 @@ def make(folder: Path, vocab: int, width: int, tie: bool) -> None:
 def prepare(folder: Path) -> None:
     """Models, a tiny one of each, and data of token ids."""
     for prefix, vocab, width in (("", VOCAB, 768), ("tiny-", TINY, 16)):
-        make(folder / f"{prefix}student", vocab, width, tie=True)
-        make(folder / f"{prefix}untied", vocab, width, tie=False)
-        make(folder / f"{prefix}teacher", vocab, width * 3 // 2, tie=True)
+        make(folder / f"{prefix}student", vocab, width)
+        make(folder / f"{prefix}teacher", vocab, width * 3 // 2)
     draw = random.Random(0)
     rows = [{"input_ids": [draw.randrange(10, 40) for _ in range(ROW_TOKENS)]} for _ in range(4 * ROWS * STEPS)]
     (folder / "rows.jsonl").write_text("\n".join(json.dumps({**row, "labels": row["input_ids"]}) for row in rows))
