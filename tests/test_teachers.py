@@ -14,7 +14,9 @@ from transformers import AutoModelForCausalLM
 
 from trl_qtarget import TargetSFTConfig, TargetSFTTrainer, build
 from trl_qtarget.compat import shards_weights
+from trl_qtarget.teachers.base import ProjectedLogits
 from trl_qtarget.teachers.models import AdaptersOff, Average, FrozenModel, OtherAdapter, within_student
+from trl_qtarget.teachers.placement import OnHost, read_in_parts
 
 
 LORA = {"r": 4, "target_modules": ["q_proj", "v_proj"], "lora_dropout": 0.0}
@@ -231,6 +233,151 @@ def test_copies_of_sharded_weights_are_refused(state):
         with pytest.raises(ValueError, match="shards them"):
             within_student(None, None, build(loss), SimpleNamespace(teacher_ema_decay=decay), accelerator)
     assert not shards_weights(SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=2))))
+
+
+# Where a teacher's weights are, and how much it reads at once
+
+TAUGHT = {
+    "teacher": {"teacher_model_name_or_path": "teacher_dir"},
+    "adapters off": {"loss": "iw_sft", "peft": LoraConfig(**LORA)},
+    "snapshot": {"loss": "psft"},
+}
+
+
+@pytest.mark.parametrize("name", TAUGHT)
+def test_a_teacher_that_reads_some_rows_at_a_time_says_the_same(train, teacher_dir, name):
+    def run(**more):
+        given = {key: teacher_dir if value == "teacher_dir" else value for key, value in TAUGHT[name].items()}
+        return train(**copy.deepcopy(given), max_steps=2, **more)
+
+    same(run(teacher_batch_size=3), run(), rel=1e-6)
+
+
+@pytest.mark.parametrize("packing", [{}, {"packing": True, "packing_strategy": "wrapped", "max_length": 24}])
+def test_rows_are_read_with_their_own_masks(train, teacher_dir, packing):
+    trainer = train(teacher_model_name_or_path=teacher_dir, teacher_batch_size=3, go=False, **packing)
+    inputs = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+    inputs = {name: x for name, x in inputs.items() if name != "labels"} | {"use_cache": False}
+    seen = []
+    hook = trainer._teacher.model.model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    parts, whole = (read_in_parts(trainer._teacher, inputs, size, trainer.accelerator).hidden for size in (3, None))
+    hook.remove()
+    assert seen == [3, 1, 4]
+    learnt = inputs.get("attention_mask", torch.ones(4, whole.shape[1])).bool()
+    torch.testing.assert_close(parts[learnt], whole[learnt], rtol=1e-6, atol=1e-6)
+
+
+def test_ranks_that_share_weights_read_equally_often():
+    """Two ranks with three rows and one: the gathering of weights needs both each time."""
+    state = SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=3))
+
+    def other_rank_has(parts):
+        def gather(own):
+            return torch.cat([own, torch.tensor([parts])])
+
+        return SimpleNamespace(state=state, device=torch.device("cpu"), gather=gather)
+
+    def read(*parts):
+        calls.append([len(part["input_ids"]) for part in parts])
+        return ProjectedLogits(torch.cat([part["input_ids"] for part in parts]), torch.zeros(5, 1))
+
+    calls, ids = [], torch.arange(3)[:, None]
+    teacher = SimpleNamespace(read=read)
+    assert torch.equal(read_in_parts(teacher, {"input_ids": ids}, 2, other_rank_has(1)).hidden, ids)
+    assert torch.equal(read_in_parts(teacher, {"input_ids": ids[:1]}, 2, other_rank_has(2)).hidden, ids[:1])
+    assert calls == [[2, 1], [1, 1]]
+
+
+def test_a_teacher_hands_over_hidden_states_and_never_logits(train, teacher_dir):
+    trainer = train(teacher_model_name_or_path=teacher_dir, go=False)
+    seen = []
+    backbone, head = trainer._teacher.model.model, trainer._teacher.model.lm_head
+    head.register_forward_hook(lambda *_: pytest.fail("logits of the teacher were made"))
+    backbone.register_forward_hook(lambda *_: seen.append(torch.is_grad_enabled()))
+    trainer.train()
+    assert seen == [False] * 3  # once a micro-batch
+    said = trainer._teacher.read({"input_ids": torch.tensor([[5, 6, 7]])})
+    assert said.hidden.shape == (1, 3, 48)
+    assert not said.hidden.requires_grad
+
+
+def test_weights_are_fetched_to_be_read_and_dropped_again(tiny_model):
+    """No second device is here: copies stand for it."""
+    model, moves = tiny_model(), []
+    before = copy.deepcopy(model.state_dict())
+    on_host = OnHost(model, torch.device("xpu"), lambda x, device: moves.append(device) or x.clone())
+    home = [x.data_ptr() for x in (*model.parameters(), *model.buffers())]
+    for turn in (1, 2):
+        with on_host:
+            there = [x.data_ptr() for x in (*model.parameters(), *model.buffers())]
+            assert not set(there) & set(home)
+            assert model.lm_head.weight is model.model.embed_tokens.weight  # moved once, and still tied
+        assert [x.data_ptr() for x in (*model.parameters(), *model.buffers())] == home
+        assert moves == [torch.device("xpu")] * len(home) * turn
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+
+
+def test_what_an_offloaded_teacher_said_outlives_its_weights(train, teacher_dir):
+    """A fetched copy stands for the device's; when it is dropped, NaN takes the place of all that nobody refers to."""
+    trainer = train(teacher_model_name_or_path=teacher_dir, go=False)
+    inputs = {"input_ids": torch.tensor([[5, 6, 7]])}
+    there = copy.deepcopy(trainer._teacher.read(inputs))
+    moves = []
+
+    def fetch(weight, device):
+        moves.append(str(device))
+        return weight.clone()
+
+    frozen = FrozenModel(trainer._teacher.model, trainer.accelerator, offload=True)
+    frozen.on_host = OnHost(frozen.model, torch.device("cpu"), fetch)
+    weights = len(frozen.on_host.weights)
+    offloaded = frozen.read(inputs)
+    assert moves == ["cpu"] * weights
+    for kept in frozen.on_host.kept:
+        kept.fill_(math.nan)
+    for name in ("hidden", "weight"):
+        assert torch.equal(getattr(offloaded, name), getattr(there, name))
+    assert frozen.model.lm_head.weight.isnan().all()  # the parameter itself is on the host again
+
+
+def test_an_offloaded_teacher_trains_to_the_same_numbers(train, teacher_dir, monkeypatch):
+    """No second device is here: past the refusal of that, copies are fetched, and dropped after each read."""
+    whole = train(teacher_model_name_or_path=teacher_dir)
+    monkeypatch.setattr("trl_qtarget.trainer.refuse_placement", lambda *_: None)
+    monkeypatch.setattr(
+        "trl_qtarget.teachers.models.OnHost", lambda model, device: OnHost(model, device, lambda x, _: x.clone())
+    )
+    same(train(teacher_model_name_or_path=teacher_dir, teacher_offload=True), whole, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"teacher_offload": True}, "this run is there"),
+        ({"loss": "dft", "teacher_offload": True}, "loss 'dft' has none"),
+        ({"loss": "dft", "teacher_batch_size": 2}, "loss 'dft' has none"),
+        ({"teacher_cache": "somewhere", "teacher_batch_size": 2}, "teacher_cache stands for it"),
+        ({"teacher_batch_size": 0}, "at least 1 row"),
+        ({"teacher_batch_size": 2, "packing": True}, "joins those of a micro-batch into one"),
+        ({"teacher_batch_size": 2, "padding_free": True}, "joins those of a micro-batch into one"),
+    ],
+)
+def test_placements_that_cannot_be(train, teacher_dir, options, said):
+    given = {} if {"teacher_cache", "loss"} & set(options) else {"teacher_model_name_or_path": teacher_dir}
+    with pytest.raises(ValueError, match=said):
+        train(**given, **options, go=False)
+
+
+def test_weights_that_are_the_students_or_shared_out_are_not_offloaded(tiny_model):
+    accelerator = SimpleNamespace(state=SimpleNamespace(fsdp_plugin=object()))
+    with pytest.raises(ValueError, match="shards the teacher"):
+        FrozenModel(tiny_model(), accelerator, offload=True)
+    whole = SimpleNamespace(state=SimpleNamespace())
+    args = SimpleNamespace(teacher_ema_decay=0.9, teacher_offload=True)
+    with pytest.raises(ValueError, match="this one has the student's"):
+        within_student(None, None, build("target_sft"), args, whole)
 
 
 # What is told of a teacher

@@ -466,7 +466,8 @@ def test_the_fields_we_add_are_these_and_no_others():
     added = set(Config.__dataclass_fields__) - set(SFTConfig.__dataclass_fields__)
     assert added == {
         "loss", "loss_kwargs", "teacher_model_name_or_path", "teacher_model_revision", "teacher_model_init_kwargs",
-        "teacher_cache", "teacher_ema_decay", "trust_floor", "trust_token_ids",
+        "teacher_cache", "teacher_ema_decay", "teacher_offload", "teacher_batch_size",
+        "trust_floor", "trust_token_ids",
         "qtarget_backend", "qtarget_chunk_size", "qtarget_self_check",
     }  # fmt: skip
 

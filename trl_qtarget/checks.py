@@ -122,6 +122,22 @@ def _refuse_parallelism(args: TargetSFTConfig, target: Target) -> None:
             )
 
 
+def refuse_placement(args: TargetSFTConfig, target: Target) -> None:
+    """Ways to keep or read a second model, where there is none or it cannot be read so."""
+    asked = [name for name in ("teacher_offload", "teacher_batch_size") if getattr(args, name)]
+    second_model = target.reads_model() or "snapshot" in target.needs
+    if asked and (args.teacher_cache is not None or not second_model):
+        why = "teacher_cache stands for it" if second_model else f"loss {args.loss!r} has none"
+        raise ValueError(f"{asked[0]} is for a teacher that is read in each step, and {why}: leave it out.")
+    if args.teacher_offload and args.device.type == "cpu":
+        raise ValueError("teacher_offload keeps the teacher in host memory, and this run is there: leave it out.")
+    if args.teacher_batch_size and (args.padding_free or (args.packing and args.packing_strategy != "wrapped")):
+        raise ValueError(
+            "teacher_batch_size is in rows, and packing or padding_free joins those of a micro-batch into one: lower "
+            "per_device_train_batch_size, or turn both off."
+        )
+
+
 def refuse_model(model: Any, teacher: Any, args: TargetSFTConfig, peft_config: Any) -> None:
     """Models and adapters of which a part would not be trained, not be read, or be put elsewhere than was asked."""
     _refuse_split_model(model, args.model_init_kwargs, "The student", args)
@@ -174,8 +190,13 @@ def _head_names(model: Any) -> list[str]:
     return ["lm_head", *(name for name, module in base.named_modules() if module is head)]
 
 
-def refuse_images(model: Any) -> None:
-    """A model that would not see the images that the data has."""
+def refuse_images(model: Any, args: TargetSFTConfig) -> None:
+    """A model that would not see the images that the data has, or not those of its rows."""
+    if args.teacher_batch_size:
+        raise ValueError(
+            "teacher_batch_size splits a micro-batch into rows, and each model has its own way to say whose an image "
+            "is: lower per_device_train_batch_size instead."
+        )
     if has_virtual_tokens(model):
         raise ValueError("Prompt learning replaces the ids by which images are placed: train a LoRA instead.")
     if "pixel_values" not in inspect.signature(base_model(model).forward).parameters:

@@ -69,6 +69,21 @@ def cache(argv: list[str]) -> int:
     return _launch(script, f"{PROG} cache", argv)
 
 
+def plan(argv: list[str]) -> int:
+    """Predict the memory of a recipe on each device, before anything is loaded"""
+    from .scripts import plan as script
+    from .scripts.parsing import fail
+
+    prog = f"{PROG} plan"
+    parsed = _understood(script, prog, argv)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the training itself will say them
+            return 0 if parsed is None else script.main(parsed)
+    except ValueError as mistake:
+        fail(prog, mistake)
+
+
 def evaluate(argv: list[str]) -> int:
     """Average@k of one or more models on problems with known answers"""
     from .scripts import eval as script
@@ -120,6 +135,7 @@ def completion(argv: list[str]) -> int:
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "sft": sft,
     "cache": cache,
+    "plan": plan,
     "merge": merge,
     "chain": chain,
     "losses": losses,
@@ -135,8 +151,16 @@ def _losses_parser() -> argparse.ArgumentParser:
 
 
 def _launch(script: Any, prog: str, argv: list[str]) -> int:
-    """Understand a command line, say what is wrong with it, and run `script` under accelerate's launcher."""
-    from .scripts import launching, settings
+    """Run `script` under accelerate's launcher, if nothing is wrong with its command line."""
+    from .scripts import launching
+
+    parsed = _understood(script, prog, argv)
+    return 0 if parsed is None else launching.launch(script.__name__, parsed.own, parsed.launch, prog)
+
+
+def _understood(script: Any, prog: str, argv: list[str]) -> Any:
+    """A command line, parsed; None where its settings were to be shown. What is wrong with it is said."""
+    from .scripts import settings
     from .scripts.parsing import fail
 
     with warnings.catch_warnings():
@@ -144,11 +168,11 @@ def _launch(script: Any, prog: str, argv: list[str]) -> int:
         parsed = script.make_parser(prog=prog).parse(argv)
     if parsed.options.print_config:
         settings.show(parsed, settings.of_loss(parsed))
-        return 0
+        return None
     found = script.mistakes(*parsed.values)
     if found:
         fail(prog, *found)
-    return launching.launch(script.__name__, parsed.own, parsed.launch, prog)
+    return parsed
 
 
 def _commands_of_trl() -> dict[str, str]:

@@ -49,6 +49,7 @@ NAMES_OF_EXPERTS = {BALANCING: ("gate_logits", "num_experts", "top_k", "attentio
 
 # What the command line needs; for those of `trl.cli` it has another way
 NAMES_OF_COMMANDS: dict[str, tuple[str, ...]] = {
+    "accelerate.commands.launch:_validate_launch_command": ("args",),
     "accelerate.commands.launch:launch_command": ("args",),
     "accelerate.commands.launch:launch_command_parser": (),
     "trl.cli:main": (),
@@ -241,9 +242,10 @@ def shards_weights(accelerator: Any) -> bool:
     return sharded or getattr(accelerator.state, "fsdp_plugin", None) is not None
 
 
-def prepare_frozen(model: Any, accelerator: Any) -> Any:
+def prepare_frozen(model: Any, accelerator: Any, placed: bool = True) -> Any:
     """Place a model that is only read where the engine in use wants it, sharded if the trained one is.
 
+    What is not to be `placed`, and not sharded, stays where it is.
     A DeepSpeed engine is made for ZeRO-3 alone: below it there is nothing to shard, and the engine would check batch
     sizes that a frozen model does not have.
     """
@@ -255,7 +257,7 @@ def prepare_frozen(model: Any, accelerator: Any) -> Any:
         return _shard_frozen(model, accelerator)
     if fsdp is not None:
         return find("trl.models.utils:prepare_fsdp")(model, accelerator)
-    return accelerator.prepare_model(model, evaluation_mode=True)
+    return accelerator.prepare_model(model, device_placement=None if placed else False, evaluation_mode=True)
 
 
 def _shard_frozen(model: Any, accelerator: Any) -> Any:

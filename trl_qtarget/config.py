@@ -51,6 +51,12 @@ class TargetSFTConfig(SFTConfig):
         teacher_ema_decay (`float`, *optional*):
             Instead of another model, the teacher is the exponential moving average of the student over its updates,
             with this decay, for example `0.999`.
+        teacher_offload (`bool`, *optional*, defaults to `False`):
+            Whether the weights of a teacher of its own are in host memory, and on the device for its forward pass
+            only. Not with FSDP or ZeRO-3, which shard it. No GPU has run it yet.
+        teacher_batch_size (`int`, *optional*):
+            Rows of a micro-batch that the teacher reads at once; if `None`, all. Results do not depend on it. Neither
+            with packing or padding-free batches, whose rows are joined into one, nor with images.
 
         > Parameters that control the computation
 
@@ -105,6 +111,14 @@ class TargetSFTConfig(SFTConfig):
         default=None,
         metadata={"help": "Decay of a moving average of the student, which is then the teacher, e.g. 0.999."},
     )
+    teacher_offload: bool = field(
+        default=False,
+        metadata={"help": "Whether the teacher's weights are on the device for its forward pass only."},
+    )
+    teacher_batch_size: int | None = field(
+        default=None,
+        metadata={"help": "Rows of a micro-batch that the teacher reads at once. If not set, all of them."},
+    )
     qtarget_backend: str = field(
         default="auto",
         metadata={"help": "Kernels of the loss: `auto`, `triton` or `torch`."},
@@ -130,8 +144,9 @@ class TargetSFTConfig(SFTConfig):
             raise ValueError(f"teacher_ema_decay must lie between 0 and 1, got {self.teacher_ema_decay}.")
         if self.qtarget_backend not in BACKENDS:
             raise ValueError(f"qtarget_backend must be one of {', '.join(BACKENDS)}, got {self.qtarget_backend!r}.")
-        if self.qtarget_chunk_size is not None and self.qtarget_chunk_size < 1:
-            raise ValueError(f"qtarget_chunk_size must be at least 1 token, got {self.qtarget_chunk_size}.")
+        for name, unit in (("qtarget_chunk_size", "token"), ("teacher_batch_size", "row")):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1 {unit}, got {getattr(self, name)}.")
         if isinstance(self.trust_token_ids, str | int):
             self.trust_token_ids = [str(self.trust_token_ids)]
 

@@ -17,7 +17,7 @@ import contextlib
 import functools
 import types
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -118,15 +118,19 @@ def gathered(*parameters: Any) -> contextlib.AbstractContextManager:
 
 
 @torch.no_grad()
-def read_teacher(model: Any, inputs: dict[str, Any]) -> ProjectedLogits:
-    """A frozen model's hidden states on these inputs, (B, T, D), with its head: logits are never made here."""
+def read_teacher(model: Any, *parts: dict[str, Any]) -> ProjectedLogits:
+    """A frozen model's hidden states on these inputs, (B, T, D), with its head: logits are never made here.
+
+    Of several parts, which are read one after another, the rows are joined.
+    """
     kept: list[ProjectedLogits] = []
 
     def keep(hidden: Tensor, labels: Tensor | None, head: Head, aux_loss: Tensor | None) -> None:
         kept.append(ProjectedLogits(hidden, head.weight, head.bias, head.scale, head.softcap))
 
-    model(**inputs, qtarget=keep)
-    return kept[0]
+    for inputs in parts:
+        model(**inputs, qtarget=keep)
+    return kept[0] if len(kept) == 1 else replace(kept[-1], hidden=torch.cat([part.hidden for part in kept]))
 
 
 @dataclass

@@ -15,7 +15,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTConfig, SFTTrainer
 
 from . import compat
-from .checks import compare_tokenizers, mean_nll, refuse, refuse_images, refuse_model, trusted_ids
+from .checks import compare_tokenizers, mean_nll, refuse, refuse_images, refuse_model, refuse_placement, trusted_ids
 from .config import TargetSFTConfig, as_target_config
 from .data import TOKEN_COLUMNS, TokenColumnCollator, prepared, shifted, token_columns, trajectories
 from .head import ScoredOutput, Scorer, check_head, head_rows, install
@@ -27,6 +27,7 @@ from .teachers.base import ProjectedLogits, TopKLogits
 from .teachers.loading import base_model, copy_of_initial, has_virtual_tokens, load_teacher
 from .teachers.models import FrozenModel, Remembered, evaluating, within_student
 from .teachers.offline import TEACHER_COLUMNS, CachedTeacherCollator, by_name, open_cache
+from .teachers.placement import read_in_parts
 from .teachers.vocab import Agreement, KnownIds, common_columns
 
 
@@ -96,6 +97,7 @@ class TargetSFTTrainer(SFTTrainer):
             raise ValueError("teacher_model and teacher_cache are both given: leave one of them out.")
         teacher_model = teacher_model or (None if args.teacher_cache else args.teacher_model_name_or_path)
         refuse(args, self.target, teacher_model or args.teacher_ema_decay, kwargs)
+        refuse_placement(args, self.target)
         refuse_model(model, teacher_model, args, kwargs.get("peft_config"))
         self._agreement: Agreement | None = None
         self._given = token_columns(kwargs.get("train_dataset"), kwargs.get("eval_dataset"))
@@ -113,7 +115,7 @@ class TargetSFTTrainer(SFTTrainer):
         self.model_accepts_loss_kwargs = True
         compat.check_trainer(self)
         if self._is_vision_dataset:
-            refuse_images(self.model)
+            refuse_images(self.model, args)
         if not self._is_vision_dataset:
             self.data_collator = TokenColumnCollator(self.data_collator)
         elif self._given:
@@ -137,16 +139,16 @@ class TargetSFTTrainer(SFTTrainer):
         if (not self._needs_model() or self.args.teacher_cache) and "snapshot" not in self.target.needs:
             return None
         if reference is not None:
-            return FrozenModel(reference, self.accelerator)
+            return FrozenModel(reference, self.accelerator, self.args.teacher_offload)
         inside = within_student(self.model, teacher, self.target, self.args, self.accelerator)
         if inside is not None:
             return inside
         if isinstance(teacher, str):
             teacher = load_teacher(teacher, self.args)
         if self._is_vision_dataset:
-            refuse_images(teacher)
+            refuse_images(teacher, self.args)
         self._columns = self._common_columns(teacher)
-        return FrozenModel(teacher, self.accelerator)
+        return FrozenModel(teacher, self.accelerator, self.args.teacher_offload)
 
     def _use_cache(self) -> None:
         if self._is_vision_dataset:
@@ -236,14 +238,15 @@ class TargetSFTTrainer(SFTTrainer):
             scorer.trajectory = trajectories(inputs)
         if isinstance(self._teacher, Remembered) and mode == "train":
             self._teacher.renew(self.state.global_step)
-        if self.target.reads_logits(read) and "teacher_ids" in read:
+        dense = self.target.reads_logits(read)
+        if dense and "teacher_ids" in read:
             scorer.teacher = TopKLogits(*(read[name] for name in TEACHER_COLUMNS))
-        if self._teacher is None:
-            return scorer
-        if self.target.reads_logits(read):
-            scorer.teacher = self._teacher.read(plain)
-        elif scorer.reference_log_p_y is None:
-            scorer.reference_log_p_y = self._log_p_y(self._teacher.read(plain), inputs["labels"])
+        if self._teacher is not None and (dense or scorer.reference_log_p_y is None):
+            other = read_in_parts(self._teacher, plain, self.args.teacher_batch_size, self.accelerator)
+            if dense:
+                scorer.teacher = other
+            else:
+                scorer.reference_log_p_y = self._log_p_y(other, inputs["labels"])
         return scorer
 
     def _log_p_y(self, other: ProjectedLogits, labels: Tensor) -> Tensor:  # (B, T)

@@ -26,7 +26,7 @@ from . import inputs
 from .plan import OWN, POLICIES, Stage, plain
 
 
-OURS = ("sft", "cache", "eval", "merge")
+OURS = ("sft", "cache", "plan", "eval", "merge")
 
 
 @dataclass(frozen=True)

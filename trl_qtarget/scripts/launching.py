@@ -11,7 +11,8 @@ from pathlib import Path
 
 import psutil
 
-from .parsing import fail
+from .. import compat
+from .parsing import SCRIPT, fail
 
 
 def make_launcher() -> argparse.ArgumentParser:
@@ -35,6 +36,19 @@ def _accelerate_config(name: str) -> str:
     if name in accelerate_configs():
         return str(resources.files("trl.accelerate_configs").joinpath(f"{name}.yaml"))
     raise argparse.ArgumentTypeError(f"{name!r} is neither a file nor one of {', '.join(accelerate_configs())}")
+
+
+def launched_as(options: list[str]) -> argparse.Namespace:
+    """What `accelerate launch` makes of its options, its configuration file and this machine.
+
+    Raises:
+        ValueError: options that contradict each other.
+    """
+    from accelerate.commands import launch as accelerate
+
+    logging.getLogger(accelerate.__name__).addFilter(_is_news)
+    understand = compat.find("accelerate.commands.launch:_validate_launch_command", ("args",))
+    return understand(make_launcher().parse_args([*options, SCRIPT]))[0]
 
 
 def launch(module: str, own: list[str], options: list[str], prog: str) -> int:

@@ -8,21 +8,12 @@ CONFIGS = ("config.json", "adapter_config.json")
 
 def mistakes(script_args, training_args, model_args, dataset_args) -> list[str]:
     """What would only come to light minutes later, or would destroy something."""
-    teacher, cache = training_args.teacher_model_name_or_path, training_args.teacher_cache
     folder = Path(training_args.output_dir)
     found = [
-        *no_model("model_name_or_path", model_args.model_name_or_path),
-        *(no_model("teacher_model_name_or_path", teacher) if cache is None else _no_cache(cache)),
+        *no_models(training_args, model_args),
         *_no_checkpoint(checkpoint(training_args), folder),
+        *no_data(script_args, dataset_args),
     ]
-    if model_args.model_name_or_path is None:
-        found.append("no model: pass --model_name_or_path with a folder or a name of the Hub")
-    average = training_args.teacher_ema_decay
-    if "teacher" in training_args.target().needs and teacher is None and cache is None and average is None:
-        found.append(
-            f"loss {training_args.loss!r} needs a teacher: pass --teacher_model_name_or_path, or --teacher_cache"
-        )
-    found += no_data(script_args, dataset_args)
     overwrites = any(getattr(args, "overwrite_output_dir", False) for args in (script_args, training_args))
     if checkpoint(training_args) is None and not overwrites and _holds_model(folder):
         found.append(
@@ -42,6 +33,23 @@ def no_data(script_args, dataset_args) -> list[str]:
     if dataset_args.datasets or script_args.dataset_name is not None:
         return []
     return ["no data: pass --dataset_name, or list `datasets` in the YAML file"]
+
+
+def no_models(training_args, model_args) -> list[str]:
+    """A student or a teacher that is missing."""
+    teacher, cache = training_args.teacher_model_name_or_path, training_args.teacher_cache
+    found = [
+        *no_model("model_name_or_path", model_args.model_name_or_path),
+        *(no_model("teacher_model_name_or_path", teacher) if cache is None else _no_cache(cache)),
+    ]
+    if model_args.model_name_or_path is None:
+        found.append("no model: pass --model_name_or_path with a folder or a name of the Hub")
+    average = training_args.teacher_ema_decay
+    if "teacher" in training_args.target().needs and teacher is None and cache is None and average is None:
+        found.append(
+            f"loss {training_args.loss!r} needs a teacher: pass --teacher_model_name_or_path, or --teacher_cache"
+        )
+    return found
 
 
 def no_model(option: str, name: str | None) -> list[str]:

@@ -41,8 +41,8 @@ class Scorer:
         columns = columns.get_text_config().vocab_size
         theirs = len(teacher.get_output_embeddings().weight)
         # the trainer prepares the data as the student's would, and places the model; it has nothing else to do
-        elsewhere = ("teacher_model_name_or_path", "teacher_cache", "teacher_ema_decay")
-        for option in ("loss_kwargs", "model_init_kwargs", *elsewhere):
+        elsewhere = ("model_name_or_path", "cache", "ema_decay", "offload", "batch_size")
+        for option in ("loss_kwargs", "model_init_kwargs", *(f"teacher_{name}" for name in elsewhere)):
             setattr(training_args, option, None)
         training_args.loss, training_args.push_to_hub, training_args.report_to = "nll", False, []
         train, evaluation = load_splits(script_args, training_args, dataset_args)

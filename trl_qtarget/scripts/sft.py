@@ -167,16 +167,19 @@ def _split(data: Any, option: str, script_args) -> Any:
 
 
 def make_parser(
-    subparsers: argparse._SubParsersAction | None = None, prog: str | None = None, more: tuple[type, ...] = ()
+    subparsers: argparse._SubParsersAction | None = None,
+    prog: str | None = None,
+    more: tuple[type, ...] = (),
+    config: type | None = None,
 ) -> StrictParser:
-    """The options of a training recipe, and those of `more` dataclasses."""
+    """The options of a training recipe, and those of `more` dataclasses; `config` may stand for `TargetSFTConfig`."""
     from trl import DatasetMixtureConfig, ModelConfig, SFTConfig
 
     from trl_qtarget import TargetSFTConfig
 
     has_overwrite = "overwrite_output_dir" in TargetSFTConfig.__dataclass_fields__  # Transformers 4
     script = ConversationArguments if has_overwrite else SFTScriptArguments
-    kinds = (script, TargetSFTConfig, ModelConfig, DatasetMixtureConfig, *more)
+    kinds = (script, config or TargetSFTConfig, ModelConfig, DatasetMixtureConfig, *more)
     if subparsers is not None:
         return subparsers.add_parser("sft", help="Run the SFT training script", dataclass_types=kinds)
     parser = StrictParser(

@@ -27,8 +27,8 @@ def load(path: str, args: Any, **kwargs: Any) -> PreTrainedModel:
         return PeftModel.from_pretrained(base, path, revision=kwargs.get("revision")).merge_and_unload()
     if "dtype" not in kwargs and (args.bf16 or args.fp16):
         kwargs["dtype"] = "bfloat16" if args.bf16 else "float16"
-    if args.distributed_state.distributed_type != "NO":
-        kwargs["device_map"] = None  # every rank holds its own copy, or its shard
+    if args.distributed_state.distributed_type != "NO" or args.teacher_offload:
+        kwargs["device_map"] = None  # every rank holds its own copy, or its shard; offloaded, it stays on the host
     kwargs.setdefault("trust_remote_code", args.trust_remote_code)
     return create_model(path, **kwargs)
 

@@ -1,7 +1,7 @@
 """Models that are read and never trained: a teacher, the initial weights, the student of a few updates ago.
 
-Each has `read(inputs)`, which gives hidden states and head for the very inputs the student gets: same positions, same
-masks, same packing.
+Each has `read(*parts)`, which gives hidden states and head for the very inputs the student gets, whole or some rows at
+a time: same positions, same masks, same packing.
 """
 
 from __future__ import annotations
@@ -25,21 +25,35 @@ from ..kernels.products import wide
 from ..target import Target
 from .base import ProjectedLogits
 from .loading import base_model, revision_of, shares_base
+from .placement import OnHost
 
 
 ADAPTER = "qtarget_teacher"  # its name beside the student's own
 
 
 class FrozenModel:
-    """A model of its own, beside the student."""
+    """A model of its own, beside the student; with `offload`, its weights are there only while they are read.
 
-    def __init__(self, model: PreTrainedModel, accelerator: Any):
+    Raises:
+        ValueError: weights to offload of which each rank holds parts.
+    """
+
+    def __init__(self, model: PreTrainedModel, accelerator: Any, offload: bool = False):
+        if offload and shards_weights(accelerator):
+            raise ValueError(
+                "teacher_offload moves whole weights, and FSDP or ZeRO-3 shards the teacher: leave it out, or let the "
+                "engine offload (fsdp_offload_params, offload_param_device)."
+            )
         model.requires_grad_(False).eval()
         install(base_model(model))
-        self.model = prepare_frozen(model, accelerator)
+        self.model = prepare_frozen(model, accelerator, placed=not offload)
+        self.on_host = OnHost(model, accelerator.device) if offload else None
 
-    def read(self, inputs: dict[str, Any]) -> ProjectedLogits:
-        return read_teacher(self.model, inputs)
+    def read(self, *parts: dict[str, Any]) -> ProjectedLogits:
+        if self.on_host is None:
+            return read_teacher(self.model, *parts)
+        with self.on_host:
+            return _detached(read_teacher(self.model, *parts))
 
 
 class AdaptersOff:
@@ -48,9 +62,9 @@ class AdaptersOff:
     def __init__(self, model: Any):
         self.model = model
 
-    def read(self, inputs: dict[str, Any]) -> ProjectedLogits:
+    def read(self, *parts: dict[str, Any]) -> ProjectedLogits:
         with evaluating(self.model), self.model.disable_adapter():
-            return read_teacher(self.model, inputs)
+            return read_teacher(self.model, *parts)
 
 
 class OtherAdapter:
@@ -66,13 +80,13 @@ class OtherAdapter:
         self.config = model.peft_config.pop(ADAPTER)
         model.register_state_dict_post_hook(_without_teacher)
 
-    def read(self, inputs: dict[str, Any]) -> ProjectedLogits:
+    def read(self, *parts: dict[str, Any]) -> ProjectedLogits:
         trained = self.model.active_adapter
         with evaluating(self.model), _trainable_kept(self.model):
             self.model.peft_config[ADAPTER] = self.config
             try:
                 self.model.set_adapter(ADAPTER)
-                return read_teacher(self.model, inputs)
+                return read_teacher(self.model, *parts)
             finally:
                 self.model.set_adapter(trained)
                 del self.model.peft_config[ADAPTER]
@@ -120,12 +134,9 @@ class Remembered(ABC):
             self.weights = {name: file.get_tensor(name).to(devices[name]) for name in file.keys()}  # noqa: SIM118
             self.taken_at = int(file.metadata()["taken_at"])
 
-    def read(self, inputs: dict[str, Any]) -> ProjectedLogits:
+    def read(self, *parts: dict[str, Any]) -> ProjectedLogits:
         with evaluating(self.model), self._swapped():
-            teacher = read_teacher(self.model, inputs)
-            # detached, the head keeps the swapped-in storage when its parameter gets the present weights back
-            bias = None if teacher.bias is None else teacher.bias.detach()
-            return replace(teacher, weight=teacher.weight.detach(), bias=bias)
+            return _detached(read_teacher(self.model, *parts))
 
     @contextlib.contextmanager
     def _swapped(self) -> Iterator[None]:
@@ -175,26 +186,38 @@ class Average(Remembered):
         self.taken_at = step
 
 
+def _detached(teacher: ProjectedLogits) -> ProjectedLogits:
+    """With a head that keeps its storage when its parameter gets another one."""
+    bias = None if teacher.bias is None else teacher.bias.detach()
+    return replace(teacher, weight=teacher.weight.detach(), bias=bias)
+
+
 def within_student(student: Any, teacher: Any, target: Target, args: Any, accelerator: Any) -> Any:
     """The second model, where all its weights or most of them are the student's own; None where it stands apart.
 
     Raises:
-        ValueError: copies of weights of which each rank holds parts: what is swapped in would never be gathered.
+        ValueError: copies of weights of which each rank holds parts: what is swapped in would never be gathered; or
+            weights to offload that the student needs too.
     """
     if ("snapshot" in target.needs or args.teacher_ema_decay is not None) and shards_weights(accelerator):
         raise ValueError(
             "psft and teacher_ema_decay keep copies of the student's weights, and FSDP or ZeRO-3 shards them: train "
             "with DDP or ZeRO-2, or with another loss or teacher."
         )
+    inside: Any = None
     if "snapshot" in target.needs:
-        return Snapshot(student, target.snapshot_every)
-    if args.teacher_ema_decay is not None:
-        return Average(student, args.teacher_ema_decay)
-    if teacher is None:
-        return AdaptersOff(student)
-    if isinstance(teacher, str) and shares_base(student, teacher, args):
-        return OtherAdapter(student, teacher, **revision_of(args))
-    return None
+        inside = Snapshot(student, target.snapshot_every)
+    elif args.teacher_ema_decay is not None:
+        inside = Average(student, args.teacher_ema_decay)
+    elif teacher is None:
+        inside = AdaptersOff(student)
+    elif isinstance(teacher, str) and shares_base(student, teacher, args):
+        inside = OtherAdapter(student, teacher, **revision_of(args))
+    if inside is not None and args.teacher_offload:
+        raise ValueError(
+            "teacher_offload is for a teacher with weights of its own, and this one has the student's: leave it out."
+        )
+    return inside
 
 
 @contextlib.contextmanager

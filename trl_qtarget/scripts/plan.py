@@ -1,0 +1,174 @@
+"""
+Predict the memory of a recipe on each device, from configurations alone: no weights are read, nothing is trained.
+
+```bash
+trl-qtarget plan --config recipe.yaml --accelerate_config zero3 --num_processes 8 --device_memory 80
+```
+
+It takes what `trl-qtarget sft` takes, accelerate's options included. Where the recipe does not fit, it says what to
+change, and exits with 1.
+"""
+
+import json
+from argparse import Namespace
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from trl_qtarget import TargetSFTConfig
+from trl_qtarget.advice import advise
+from trl_qtarget.planning import MOMENTS, Engine, Run, parts, peak, totals
+from trl_qtarget.scripts import sft
+from trl_qtarget.scripts.parsing import Parsed, StrictParser
+from trl_qtarget.scripts.preflight import no_models
+
+
+PROG = "trl-qtarget plan"
+GIB = 2**30
+
+console = Console(markup=False, highlight=False)
+
+
+@dataclass
+class PlanArguments:
+    """The device, and how much data it gets."""
+
+    device_memory: float | None = field(
+        default=None, metadata={"help": "GiB of one device. If not set, that of the GPU, if there is one."}
+    )
+    row_tokens: int | None = field(
+        default=None, metadata={"help": "Tokens of the longest row. If not set, `max_length`."}
+    )
+
+    def __post_init__(self):
+        for name in ("device_memory", "row_tokens"):
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be more than 0, got {getattr(self, name)}.")
+
+
+@dataclass
+class PlannedConfig(TargetSFTConfig):
+    """Settings of a run on other devices than this machine may have: bf16 is not refused for want of a GPU."""
+
+    def __post_init__(self):
+        on_cpu, self.use_cpu = self.use_cpu, True
+        super().__post_init__()
+        self.use_cpu = on_cpu
+
+
+def make_parser(prog: str | None = None) -> StrictParser:
+    return sft.make_parser(prog=prog or PROG, more=(PlanArguments,), config=PlannedConfig)
+
+
+def mistakes(script_args, training_args, model_args, dataset_args, plan_args) -> list[str]:
+    found = no_models(training_args, model_args)
+    if plan_args.row_tokens is None and training_args.max_length is None:
+        found.append("max_length is not set, so nothing says how long a row is: pass --row_tokens")
+    return found
+
+
+def main(parsed: Parsed) -> int:
+    """Print the prediction, and what to change; 1 if it does not fit.
+
+    Raises:
+        ValueError: a configuration that cannot be read, or an engine that is not counted.
+    """
+    from trl_qtarget.scripts.counting import adapted, run_of
+    from trl_qtarget.scripts.launching import launched_as
+
+    training_args, plan_args = parsed.values[1], parsed.values[4]
+    run = run_of(*parsed.values, engine=engine_of(launched_as(parsed.launch), training_args))
+    limit = _device_memory(plan_args, training_args)
+    show(run, limit)
+    if limit is None or peak(run) <= limit:
+        return 0
+    recommend(adapted(run, *parsed.values), limit)
+    return 1
+
+
+def engine_of(options: Namespace, training_args: Any) -> Engine:
+    """How processes share the work, from accelerate's options and the recipe's own `deepspeed` or `fsdp`."""
+    for name in ("sp", "cp", "tp"):
+        if int(getattr(options, f"parallelism_config_{name}_size", None) or 1) > 1:
+            raise ValueError(
+                f"{name}_size is more than 1, and the plan knows DDP, ZeRO and FSDP alone: plan one rank's part of "
+                f"the tokens with --row_tokens, and leave {name}_size out."
+            )
+    processes = max(options.num_processes or 1, 1)
+    if options.use_deepspeed or training_args.deepspeed:
+        return _deepspeed(options, training_args, processes)
+    if options.use_fsdp or training_args.fsdp:
+        keeps = str(options.fsdp_reshard_after_forward).lower() in ("false", "shard_grad_op")
+        offloads = str(options.fsdp_offload_params).lower() == "true"
+        return Engine("FSDP", processes, keeps, offloads, offloads)
+    return Engine("DDP" if processes > 1 else "one process", processes)
+
+
+def _deepspeed(options: Namespace, training_args: Any, processes: int) -> Engine:
+    given = training_args.deepspeed or options.deepspeed_config_file
+    if isinstance(given, str):
+        try:
+            given = json.loads(Path(given).read_text())
+        except (OSError, json.JSONDecodeError) as error:
+            raise ValueError(f"DeepSpeed's configuration {given} cannot be read ({error}).") from None
+    zero = given.get("zero_optimization", {}) if given else {}
+    stage = zero.get("stage", 2 if options.zero_stage is None else options.zero_stage)
+    devices = [
+        zero.get(f"offload_{kind}", {}).get("device") or getattr(options, f"offload_{kind}_device")
+        for kind in ("param", "optimizer")
+    ]
+    weights, states = (device in ("cpu", "nvme") for device in devices)
+    name = f"ZeRO-{stage}" if int(stage) else "DDP"
+    return Engine(name, processes, offloads_weights=weights, offloads_states=states)
+
+
+def _device_memory(plan_args: PlanArguments, training_args: Any) -> float | None:
+    """Bytes, where somebody or something says how many."""
+    import torch
+
+    if plan_args.device_memory is not None:
+        return plan_args.device_memory * GIB
+    if training_args.use_cpu or not torch.cuda.is_available():
+        return None
+    return torch.cuda.get_device_properties(0).total_memory
+
+
+def show(run: Run, limit: float | None) -> None:
+    """The prediction, part by part."""
+    kind = "half precision" if run.half else "float32"
+    console.print(
+        f"{run.engine.name}, {run.engine.processes} device(s), each {run.rows} x {run.row_tokens} tokens at a time, "
+        f"{run.accumulation} time(s) a step, in {kind}; {run.student.trained:,} of {run.student.parameters:,} "
+        "parameters are trained"
+    )
+    moments = MOMENTS if run.teacher is not None else MOMENTS[1:]
+    titles = {"teacher": "teacher's forward", "loss": "loss", "update": "after backward"}
+    table = Table("GiB of one device", box=None, pad_edge=False)
+    for moment in moments:
+        table.add_column(titles[moment], justify="right")
+    for part in parts(run):
+        mark = "~ " if part.estimated else ""
+        table.add_row(mark + part.name, *(f"{getattr(part, moment) / GIB:.2f}" for moment in moments))
+    table.add_section()
+    table.add_row("together", *(f"{totals(run)[moment] / GIB:.2f}" for moment in moments))
+    console.print(table)
+    console.print("~ is an estimate: formulas for usual decoders, what engines reserve, what allocators lose.")
+    if limit is None:
+        verdict = "; compare it with that of a device: --device_memory 80"
+    elif peak(run) <= limit:
+        verdict = f" of {limit / GIB:.2f} GiB: it fits"
+    else:
+        verdict = f" of {limit / GIB:.2f} GiB: {(peak(run) - limit) / GIB:.2f} GiB too much"
+    console.print(f"Peak: {peak(run) / GIB:.2f} GiB{verdict}")
+
+
+def recommend(run: Run, limit: float) -> None:
+    """What to change, and what that saves."""
+    table = Table("change, in this order", "saves alone", "peak with those above", box=None, pad_edge=False)
+    for advice in advise(run, limit):
+        left = "" if advice.left is None else f"{advice.left / GIB:.2f}" + (" fits" if advice.left <= limit else "")
+        table.add_row(advice.change, f"{advice.saves / GIB:.2f}", left)
+    console.print(table)
