@@ -84,6 +84,8 @@ def batching() -> list[Cell]:
             for engine in MANY
         ]
     for engine in ("single", *MANY):
+        row = "the teacher reads one row at a time, target_sft"
+        cells.append(Cell("batching", row, engine, "target_sft", options={"teacher_batch_size": 1}))
         row = "evaluated after each step, target_sft"
         cells.append(Cell("batching", row, engine, "target_sft", options={"eval_strategy": "steps", "eval_steps": 1}))
         # the first process reads a stream for all of them, and then all batches must have one length
