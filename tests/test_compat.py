@@ -1,6 +1,7 @@
 """The seam: each thing that no release of TRL, transformers or accelerate promises, and what is said without it."""
 
 import copy
+import dataclasses
 import importlib.resources
 import inspect
 import pkgutil
@@ -136,6 +137,13 @@ def test_a_model_whose_backbone_is_elsewhere_is_refused(tiny_model):
     model = tiny_model().model  # a backbone has none below it
     with pytest.raises(ValueError, match=r"Qwen3Model of transformers \S+ keeps its backbone where"):
         install(model)
+
+
+@pytest.mark.parametrize(("given", "updates"), [(0, 0), (0.1, 5), (0.25, 13), (1, 1), (7.0, 7)])
+def test_a_fraction_of_warmup_is_one_in_every_transformers(tmp_path, given, updates):
+    args = TargetSFTConfig(str(tmp_path), loss="nll", use_cpu=True, bf16=False, warmup_steps=given)
+    assert args.get_warmup_steps(50) == updates
+    assert dataclasses.replace(args).get_warmup_steps(50) == updates
 
 
 # The tested range
