@@ -173,8 +173,10 @@ def test_nothing_is_said_inside_the_range(installed, versions):
 def test_outside_of_it_one_warning_names_the_range(installed, versions, make):
     installed(**versions)
     ((package, version),) = versions.items()
-    with pytest.warns(UserWarning, match=rf"tested with trl 1\.15 to 1\.16, .* installed is {package} {version}"):
-        make()
+    message = rf"tested with trl 1\.15 to 1\.16, .* installed is {package} {version}"
+    with pytest.warns(UserWarning, match=message) as said:
+        make(), make()
+    assert sum("trl_qtarget is tested" in str(warning.message) for warning in said) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         compat.warn_if_outside()  # once a process
