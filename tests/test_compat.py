@@ -1,6 +1,7 @@
 """The seam: each thing that no release of TRL, transformers or accelerate promises, and what is said without it."""
 
 import copy
+import dataclasses
 import importlib.resources
 import inspect
 import pkgutil
@@ -138,6 +139,13 @@ def test_a_model_whose_backbone_is_elsewhere_is_refused(tiny_model):
         install(model)
 
 
+@pytest.mark.parametrize(("given", "updates"), [(0, 0), (0.1, 5), (0.25, 13), (1, 1), (7.0, 7)])
+def test_a_fraction_of_warmup_is_one_in_every_transformers(tmp_path, given, updates):
+    args = TargetSFTConfig(str(tmp_path), loss="nll", use_cpu=True, bf16=False, warmup_steps=given)
+    assert args.get_warmup_steps(50) == updates
+    assert dataclasses.replace(args).get_warmup_steps(50) == updates
+
+
 # The tested range
 
 
@@ -165,8 +173,10 @@ def test_nothing_is_said_inside_the_range(installed, versions):
 def test_outside_of_it_one_warning_names_the_range(installed, versions, make):
     installed(**versions)
     ((package, version),) = versions.items()
-    with pytest.warns(UserWarning, match=rf"tested with trl 1\.15 to 1\.16, .* installed is {package} {version}"):
-        make()
+    message = rf"tested with trl 1\.15 to 1\.16, .* installed is {package} {version}"
+    with pytest.warns(UserWarning, match=message) as said:
+        make(), make()
+    assert sum("trl_qtarget is tested" in str(warning.message) for warning in said) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         compat.warn_if_outside()  # once a process

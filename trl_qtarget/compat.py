@@ -212,6 +212,16 @@ def balancing_loss(router_logits: Any, experts: int, chosen: int, attention_mask
     return find(BALANCING)(router_logits, experts, chosen, attention_mask)
 
 
+def split_warmup(args: Any) -> None:
+    """Write `warmup_steps` as the installed transformers reads it: release 4 has `warmup_ratio` for a fraction."""
+    if not hasattr(args, "warmup_ratio"):
+        return
+    if 0 < args.warmup_steps < 1:
+        args.warmup_ratio, args.warmup_steps = args.warmup_steps, 0
+    elif args.warmup_steps == int(args.warmup_steps):
+        args.warmup_steps = int(args.warmup_steps)
+
+
 # Engines
 
 

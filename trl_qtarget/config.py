@@ -9,6 +9,7 @@ from typing import Any
 
 from trl import SFTConfig
 
+from .compat import split_warmup
 from .kernels import BACKENDS
 from .presets import build
 from .target import Target
@@ -68,6 +69,12 @@ class TargetSFTConfig(SFTConfig):
         qtarget_self_check (`bool`, *optional*, defaults to `True`):
             Whether the first training step compares the fused loss of a few tokens with the float64 specification,
             and stops on a difference.
+
+        > Parameters whose default is TRL's
+
+        warmup_steps (`int` or `float`, *optional*, defaults to `0`):
+            Updates over which the learning rate rises from 0; below 1, that fraction of all updates. Older releases of
+            transformers take whole numbers only.
     """
 
     _VALID_DICT_FIELDS = SFTConfig._VALID_DICT_FIELDS + ["loss_kwargs", "teacher_model_init_kwargs"]  # noqa: RUF005
@@ -132,7 +139,13 @@ class TargetSFTConfig(SFTConfig):
         metadata={"help": "Whether the first step compares a few tokens with the float64 specification."},
     )
 
+    warmup_steps: float = field(
+        default=0,
+        metadata={"help": "Updates over which the learning rate rises; below 1, that fraction of all updates."},
+    )
+
     def __post_init__(self):
+        split_warmup(self)
         for name in ("loss_kwargs", "teacher_model_init_kwargs"):
             setattr(self, name, as_mapping(name, getattr(self, name)))
         super().__post_init__()
