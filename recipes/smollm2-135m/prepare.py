@@ -8,8 +8,8 @@ unpacked to float32. With access to the Hub, `model_name_or_path: HuggingFaceTB/
 The data are worded problems of reasoning-gym's gsm_symbolic with the worked solutions that come with them, of which
 some are wrong. `answer` is the true answer, for `trl-qtarget eval`.
 
-For chain.yaml there are problems of their own: pairs.jsonl has the worked solution beside the same with a slip in its
-result, prompts.jsonl short problems with their answers.
+For chain.yaml there are short problems of their own: pairs.jsonl has the worked solution beside the same with a slip
+in its result, prompts.jsonl the answers alone.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from pathlib import Path
 
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-SHORT = 200  # characters of a worked solution: problems that a model of this size solves now and then
+SHORT = 200  # characters of a worked solution: quick, and within what a model of this size solves now and then
 
 
 def unpack_model(folder: Path) -> None:
@@ -64,21 +64,21 @@ def with_a_slip(solution: str, draw: random.Random) -> str:
     return re.sub(rf"(?<![\d.]){re.escape(result)}(?!\.?\d)", str(wrong), solution)
 
 
-def preferences(seed: int, size: int) -> list[dict]:
-    draw, rows = random.Random(seed), []
-    for row in demonstrations(seed, size):
+def short(rows: list[dict]) -> list[dict]:
+    return [row for row in rows if len(row["completion"][0]["content"]) <= SHORT]
+
+
+def preferences(rows: list[dict], seed: int) -> list[dict]:
+    draw, pairs = random.Random(seed), []
+    for row in rows:
         faulty = with_a_slip(row["completion"][0]["content"], draw)
         rejected = [{"role": "assistant", "content": faulty}]
-        rows.append({"prompt": row["prompt"], "chosen": row["completion"], "rejected": rejected})
-    return rows
+        pairs.append({"prompt": row["prompt"], "chosen": row["completion"], "rejected": rejected})
+    return pairs
 
 
-def problems(seed: int, size: int) -> list[dict]:
-    return [
-        {"prompt": row["prompt"], "answer": row["answer"]}
-        for row in demonstrations(seed, size)
-        if len(row["completion"][0]["content"]) <= SHORT
-    ]
+def problems(rows: list[dict]) -> list[dict]:
+    return [{"prompt": row["prompt"], "answer": row["answer"]} for row in rows]
 
 
 def write_rows(path: Path, rows: list[dict]) -> None:
@@ -95,8 +95,8 @@ def main() -> None:
         unpack_model(args.output_dir / "model")
     write_rows(args.output_dir / "train.jsonl", demonstrations(seed=1, size=args.rows))
     write_rows(args.output_dir / "test.jsonl", demonstrations(seed=2, size=100))
-    write_rows(args.output_dir / "pairs.jsonl", preferences(seed=3, size=200))
-    write_rows(args.output_dir / "prompts.jsonl", problems(seed=4, size=400))
+    write_rows(args.output_dir / "pairs.jsonl", preferences(short(demonstrations(seed=3, size=400)), seed=3))
+    write_rows(args.output_dir / "prompts.jsonl", problems(short(demonstrations(seed=4, size=400))))
     print(f"Model and data are in {args.output_dir}.")
 
 
