@@ -86,9 +86,10 @@ def test_rewards(rewards):
     assert rewards.ends_with_result(completions, answer=["20"] * 6) == [1, 1, 1, 0, 0, 1]
 
 
-def test_the_plan(chain, capsys):
+def test_the_plan(chain, tmp_path, capsys):
     assert main(["chain", "--config", chain(), "--dry_run"]) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert all(str(tmp_path / "chain" / line[0]) in " ".join(line) for line in lines[1:])  # not cut, in a log
     plan = [("teacher", "sft"), ("sft", "sft"), ("sft-merge", "merge"), ("dpo", "dpo"), ("dpo-merge", "merge")]
     assert [tuple(line[:2]) for line in lines[1:]] == [*plan, ("grpo", "grpo"), ("grpo-merge", "merge")]
 
