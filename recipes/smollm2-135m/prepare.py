@@ -23,7 +23,7 @@ from pathlib import Path
 
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-SHORT = 200  # characters of a worked solution: quick, and within what a model of this size solves now and then
+SHORT = 160  # characters of a worked solution: quick, and within what a model of this size solves now and then
 
 
 def unpack_model(folder: Path) -> None:
