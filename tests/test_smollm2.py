@@ -1,7 +1,6 @@
 """The chain of recipes/smollm2-135m on a stand-in: its data, its rewards, its plan, and two steps of each stage."""
 
 import importlib
-import importlib.util
 import json
 import os
 import random
@@ -14,6 +13,7 @@ import yaml
 import trl_qtarget
 from trl_qtarget.chain.execute import history
 from trl_qtarget.cli import main
+from trl_qtarget.evaluation.verifiers import load_file
 
 
 ROOT = Path(trl_qtarget.__file__).parents[1]
@@ -24,10 +24,7 @@ QUESTION = [{"role": "user", "content": "How many?"}]
 
 @pytest.fixture
 def prepare():
-    spec = importlib.util.spec_from_file_location("prepare_smollm2", FOLDER / "prepare.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_file(str(FOLDER / "prepare.py"))
 
 
 @pytest.fixture
