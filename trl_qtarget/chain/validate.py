@@ -18,6 +18,7 @@ from typing import Any
 
 import yaml
 
+from ..evaluation import preferences
 from ..scripts import preflight
 from ..scripts.launching import make_launcher
 from ..scripts.parsing import Parsed, StrictParser
@@ -72,7 +73,7 @@ def _stage(stage: Stage, planned: dict[str, str], stages: list[Stage]) -> tuple[
         except ValueError as mistakes:
             return Ready({}, []), [line.replace(f"{file}: ", "") for line in mistakes.args]
         back = {stand_in: path for path, stand_in in planned.items()}
-        found = [*_no_adapter(stage, stages), *_checks(stage.command, parsed.values)]
+        found = [*_no_adapter(stage, stages), *_checks(stage.command, parsed.values, _data(stages, planned))]
         return Ready(_replaced(made.settings, back), made.words), [_replaced(line, back) for line in found]
 
 
@@ -137,18 +138,30 @@ def _own_environment() -> Iterator[None]:
 
 def _no_adapter(stage: Stage, stages: list[Stage]) -> list[str]:
     """The training commands of TRL load no folder that holds an adapter alone."""
+    if stage.command in ("eval", "merge"):
+        return []
     given = plain(stage.settings.get("model_name_or_path"))
     adapters = {str(s.output) for s in stages if s.command in POLICIES and plain(s.settings.get("use_peft")) is True}
     local = isinstance(given, str) and Path(given, "adapter_config.json").is_file()
     alone = given in adapters or (local and not Path(given, "config.json").is_file())
-    if not alone or stage.command in ("eval", "merge"):
+    if not alone:
         return []
     return [f"{stage.command} cannot start from an adapter alone, as TRL loads none: use handoff: merge before it"]
 
 
-def _checks(command: str, values: tuple[Any, ...]) -> list[str]:
+def _data(stages: list[Stage], planned: dict[str, str]) -> inputs.Planned:
+    """The files of data that stages to come will write, by their stand-ins."""
+    pairs = {preferences.FILE: preferences.COLUMNS}
+    return {
+        planned[str(stage.output)]: pairs if stage.command == "eval" and "pairs" in stage.settings else {}
+        for stage in stages
+        if str(stage.output) in planned
+    }
+
+
+def _checks(command: str, values: tuple[Any, ...], planned: inputs.Planned) -> list[str]:
     named = {f.name: getattr(value, f.name) for value in values for f in fields(value)}
-    found = inputs.wrong_data(command, named)
+    found = inputs.wrong_data(command, named, planned)
     if command == "merge":
         return []
     if command == "eval":
