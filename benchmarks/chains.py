@@ -1,13 +1,12 @@
 """Does the target chosen for SFT leave a better start for what comes after it? The tiny model of recipes/quickstart.
 
-    python -m benchmarks.chains                    # make chains: both recipes, about an hour on one core
+    python -m benchmarks.chains                    # make chains: both recipes, the better part of an hour on an idle core
     python -m benchmarks.chains --methods grpo     # goes on where it was interrupted
 
 The chains of recipes/sft-then-grpo and recipes/sft-then-dpo, with each loss first and with no SFT at all. All starts
 get the same updates; what follows SFT has the learning rate that was best for its start in Average@16 on validation
 problems and a draw of the demonstrations that the comparison does not use. Every draw of the comparison redraws
-demonstrations and practice problems. Its chains run through `trl-qtarget chain`; those of the choice are the same
-chains in one process, which saves each stage's imports.
+demonstrations and practice problems. The chains run as `trl-qtarget chain` runs them, in one process for all stages.
 """
 
 from __future__ import annotations
@@ -91,13 +90,7 @@ def _stages(recipe: list[Row], method: str, start: str, rates: tuple[float, ...]
 
 
 def run_chain(file: Path) -> None:
-    """`trl-qtarget chain`, on one thread of the CPU."""
-    if subprocess.run([sys.executable, "-m", "trl_qtarget", "chain", "--config", str(file)], check=False).returncode:
-        sys.exit(f"The chain of {file} has failed: the same command goes on from there.")
-
-
-def run_here(file: Path) -> None:
-    """The same, but for stages that run in this process."""
+    """`trl-qtarget chain`, but for stages that run in this process: loading TRL takes as long as most of them."""
     from trl_qtarget.chain import execute
     from trl_qtarget.cli import main
 
@@ -132,7 +125,7 @@ def choose(method: str, folder: Path) -> tuple[dict[str, float], list[Row]]:
     """The best learning rate of each start on validation problems, and all that were tried."""
     rows = []
     for draw in CHOICE_DRAWS:
-        run_here(make_chain(method, draw, dict.fromkeys(STARTS, RATES[method]), folder, "validation"))
+        run_chain(make_chain(method, draw, dict.fromkeys(STARTS, RATES[method]), folder, "validation"))
         found = scores(folder, draw, method)
         for start in STARTS:
             for rate in RATES[method]:
@@ -218,7 +211,7 @@ def draw_curves(method: str, curves: list[Row], target: Path) -> None:
     key, label, updates = CURVES[method]
     figure, axes = pyplot.subplots(figsize=(8, 4.8), layout="constrained")
     for start in STARTS:
-        steps = sorted({r["step"] for r in curves if r["start"] == start})
+        steps = sorted({r["step"] for r in curves if r["start"] == start} - {1})  # a tenth of the others' completions
         values = [[float(r[key]) for r in curves if (r["start"], r["step"]) == (start, step)] for step in steps]
         means, errors = [statistics.mean(v) for v in values], [error(v) or 0.0 for v in values]
         color = COLORS.get(start, "#8b949e")
