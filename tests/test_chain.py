@@ -506,6 +506,14 @@ def test_page_is_self_contained_and_escaped(tmp_path):
     HTMLParser().feed(text)
 
 
+def test_an_evaluation_of_several_models_shows_each(tmp_path):
+    stage = plan.Stage("eval", "eval", tmp_path, {})
+    stage.output.mkdir()
+    results = [{"k": 4, "average_at_k": x, "average_at_k_se": 0.01} for x in (0.15, 0.65)]
+    (stage.output / "results.json").write_text(json.dumps({"results": results}))
+    assert page.main_metric(stage) == "Average@4 15.0 +- 1.0, 65.0 +- 1.0"
+
+
 # Merging an adapter
 
 
