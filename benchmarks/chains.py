@@ -1,6 +1,6 @@
 """Does the target chosen for SFT leave a better start for what comes after it? The tiny model of recipes/quickstart.
 
-    python -m benchmarks.chains                    # make chains: both recipes, the better part of an hour on an idle core
+    python -m benchmarks.chains                    # make chains: both recipes, about an hour on one core
     python -m benchmarks.chains --methods grpo     # goes on where it was interrupted
 
 The chains of recipes/sft-then-grpo and recipes/sft-then-dpo, with each loss first and with no SFT at all. All starts

@@ -153,7 +153,7 @@ def _data(stages: list[Stage], planned: dict[str, str]) -> inputs.Planned:
     """The files of data that stages to come will write, by their stand-ins."""
     pairs = {preferences.FILE: preferences.COLUMNS}
     return {
-        planned[str(stage.output)]: pairs if stage.command == "eval" and "pairs" in stage.settings else {}
+        planned[str(stage.output)]: pairs if stage.command == "eval" and plain(stage.settings.get("pairs")) else {}
         for stage in stages
         if str(stage.output) in planned
     }
