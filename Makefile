@@ -11,7 +11,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test test-distributed test-versions lint format readme bench bench-gpu clean
+.PHONY: help quickstart test test-distributed test-versions lint format readme bench chains bench-gpu clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1: /p' $(MAKEFILE_LIST) | awk -F': ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -48,6 +48,9 @@ readme: $(VENV)/.installed-test,lint  ## write the table of losses into README.m
 
 bench: $(VENV)/.installed-test,lint  ## the kernels beside TRL's and beside the bare products: a table, curves, a CSV; ten minutes
 	OMP_NUM_THREADS=$$(nproc) $(BIN)/python -m benchmarks.kernel $(ARGS)
+
+chains: $(VENV)/.installed-test,lint  ## SFT with each loss, then GRPO and DPO: the tables of recipes/sft-then-*; an hour or two
+	$(BIN)/python -m benchmarks.chains $(ARGS)
 
 bench-gpu: $(VENV)/.installed-test,lint  ## the tests and the benchmark that need a GPU
 	$(BIN)/python -m pytest -m gpu tests/test_gpu.py

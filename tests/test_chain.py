@@ -168,6 +168,59 @@ def test_defaults_are_for_the_stages_that_know_them(chain, started):
     assert [made.get("num_generations") for made in settings.values()] == [None, 4, None]
 
 
+def sampled(**settings):
+    """A stage that evaluates the SFT model, before the DPO stage."""
+    evaluation = {"name": "pairs", "command": "eval", "dataset": "prompts.jsonl", "k": 2, **settings}
+    content = yaml.safe_load(Path("chain.yaml").read_text())
+    content["stages"].insert(1, evaluation)
+    Path("chain.yaml").write_text(yaml.safe_dump(content))
+    return "chain.yaml"
+
+
+PAIRS = "${stages.pairs.output_dir}/pairs.jsonl"
+
+
+def test_data_of_a_stage_to_come(chain, started):
+    chain(dpo=data(PAIRS), sft={"use_peft": False})
+    started.log = LOG | {"eval": ["{'a': 1}"]}
+    assert main(["chain", "--config", sampled(pairs=1, model_name_or_path=["${stages.sft.output_dir}"])]) == 0
+    settings = yaml.safe_load(Path("runs/dpo/stage.yaml").read_text())
+    assert settings["datasets"][0]["data_files"] == "runs/pairs/results/pairs.jsonl"
+    assert ran(started) == ["sft", "pairs", "dpo", "grpo"]
+    file = Path("runs/pairs/results/pairs.jsonl")
+    assert not file.exists()  # it was not looked for
+    Path("runs/sft/model/model.safetensors").touch()
+    file.write_text(json.dumps({"prompt": "1", "chosen": "2"}) + "\n")
+    config = Path("chain.yaml")
+    config.write_text(config.read_text().replace("name: dpo", "name: dpo\n  beta: 0.2"))
+    assert main(["chain", "--config", "chain.yaml"]) == 2
+    assert not started
+
+
+@pytest.mark.parametrize(
+    ("changes", "pairs", "said"),
+    [
+        ({"dpo": data(PAIRS)}, {}, "stage dpo: the data runs/pairs/results/pairs.jsonl cannot be read: that stage "),
+        ({"dpo": data(PAIRS[:-1])}, {"pairs": 1}, "stage dpo: the data runs/pairs/results/pairs.json cannot be read"),
+        (
+            {"dpo": {"datasets": None, "dataset_name": PAIRS.removesuffix("/pairs.jsonl")}},
+            {"pairs": 1},
+            "stage dpo: the data runs/pairs/results cannot be read: that stage writes pairs.jsonl; an eval with",
+        ),
+        (
+            {"grpo": data("${stages.dpo.output_dir}/x.jsonl")},
+            {"pairs": 1},
+            "stage grpo: the data runs/dpo/model/x.jsonl cannot be read: that stage writes no data; an eval with",
+        ),
+    ],
+)
+def test_data_that_no_stage_will_write(chain, started, capsys, changes, pairs, said):
+    chain(**changes)
+    (line,) = refused(sampled(**pairs), capsys)
+    assert line.startswith(said)
+    assert not started
+
+
 # What is refused
 
 
@@ -485,6 +538,14 @@ def test_page_is_self_contained_and_escaped(tmp_path):
     assert "&lt;b&gt;&amp;" in text
     assert not re.search(r"https?:|src=|href=", text)
     HTMLParser().feed(text)
+
+
+def test_an_evaluation_of_several_models_shows_each(tmp_path):
+    stage = plan.Stage("eval", "eval", tmp_path, {})
+    stage.output.mkdir()
+    results = [{"k": 4, "average_at_k": x, "average_at_k_se": 0.01} for x in (0.15, 0.65)]
+    (stage.output / "results.json").write_text(json.dumps({"results": results}))
+    assert page.main_metric(stage) == "Average@4 15.0 +- 1.0, 65.0 +- 1.0"
 
 
 # Merging an adapter

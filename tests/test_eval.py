@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from trl_qtarget.evaluation import models, report
-from trl_qtarget.evaluation.problems import read_problems
+from trl_qtarget.evaluation import models, preferences, report
+from trl_qtarget.evaluation.problems import Problem, read_problems
 from trl_qtarget.evaluation.report import Sample
 from trl_qtarget.evaluation.sampling import GAMMA, SeededNoise, complete, gumbel, mix, nucleus, stream
 from trl_qtarget.evaluation.verifiers import find_verifier
@@ -445,6 +445,8 @@ def test_settings_from_yaml_and_command_line(tmp_path):
         (["--k", "0"], "", ["--k must be at least 1, not 0."]),
         (["--temperature", "0"], "", ["--temperature must be above 0, not 0.0; greedy is shown in any case."]),
         (["--top_p", "1.5"], "", ["--top_p must be above 0 and at most 1, not 1.5."]),
+        (["--pairs", "0"], "", ["--pairs must be at least 1, not 0."]),
+        (["--pairs", "1"], "", ["--pairs are the samples of one model, and need an --output_dir."]),
         (["--dtype", "fp8"], "", ["--dtype must be one of auto, float32, bfloat16, float16, not 'fp8'."]),
     ],
 )
@@ -530,6 +532,64 @@ def test_whole_command(folders, dataset, tmp_path, capsys):
     again = main(parse(*words, "--output_dir", str(out), "--overwrite", "--batch_size", "7"))
     assert [r.average_at_k for r in again] == [r.average_at_k for r in results]
     assert [json.loads(line) for line in (out / "samples-base.jsonl").read_text().splitlines()] == lines
+
+
+# ---- preferences
+
+
+def told(row, sample, text, score, ended=True):
+    return Sample(row, sample, text, score, ended, 3)
+
+
+def test_pairs_by_hand():
+    problems = [Problem(p, "", {}) for p in ("a", "b", [{"role": "user", "content": "c"}])]
+    samples = [
+        *(told(0, 3, "w2", 0), told(0, 2, "r1", 1), told(0, 1, "w1", 0.5), told(0, 0, "r1", 1), told(0, 4, "r2", 1)),
+        *(told(0, None, "greedy", 1), told(1, 0, "r", 1), told(1, 1, "cut", 0, ended=False)),
+        *(told(2, 0, "w", 0), told(2, 1, "r", 1)),
+    ]
+    first, second, third = preferences.pairs(problems, samples, most=9)
+    assert first == {"prompt": "a", "chosen": "r1", "rejected": "w1"}
+    assert second == {"prompt": "a", "chosen": "r2", "rejected": "w2"}
+    assert third["chosen"] == [{"role": "assistant", "content": "r"}]
+    assert third["rejected"] == [{"role": "assistant", "content": "w"}]
+    assert preferences.pairs(problems, samples, most=1) == [first, third]
+    assert tuple(first) == preferences.COLUMNS
+
+
+def test_pairs_of_a_model(folders, dataset, tmp_path, capsys):
+    out, file = tmp_path / "out", tmp_path / "verify.py"
+    file.write_text("def short(completion, answer, row):\n    return len(completion) < 3\n")
+    words = ["--model_name_or_path", folders[0], "--dataset", dataset, "--k", "8", "--max_new_tokens", "12"]
+    words += ["--pairs", "2", "--output_dir", str(out)]
+    main(parse(*words, "--verifier", f"{file}:short"))
+    made = (out / "pairs.jsonl").read_text()
+    rows = [json.loads(line) for line in made.splitlines()]
+    assert f"{len(rows)} pairs from {len({row['prompt'] for row in rows})} of 8 rows" in capsys.readouterr().out
+    assert rows
+    assert all(len(row["chosen"]) < 3 <= len(row["rejected"]) for row in rows)
+    main(parse(*words, "--verifier", f"{file}:short", "--overwrite", "--batch_size", "5"))
+    assert (out / "pairs.jsonl").read_text() == made
+
+
+@pytest.mark.parametrize(
+    ("verdict", "tokens", "said"),
+    [
+        ("True", "12", "--pairs: no row has both a right and a wrong sample: of "),
+        ("False", "1", "--pairs: no sample ended by itself, and only those make pairs: raise --max_new_tokens"),
+    ],
+)
+def test_no_pair(folders, dataset, tmp_path, capsys, monkeypatch, verdict, tokens, said):
+    file = tmp_path / "verify.py"
+    file.write_text(f"def always(completion, answer, row):\n    return {verdict}\n")
+    if verdict == "False":
+        monkeypatch.setattr(models, "eos_ids", lambda *args: [])
+    words = ["--model_name_or_path", folders[0], "--dataset", dataset, "--k", "2", "--max_new_tokens", tokens]
+    with pytest.raises(SystemExit) as stop:
+        main(parse(*words, "--verifier", f"{file}:always", "--pairs", "1", "--output_dir", str(tmp_path / "out")))
+    assert stop.value.code == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_messages(student_dir, tokenizer, rows, tmp_path):

@@ -75,6 +75,20 @@ def test_the_package_finds_the_verifier_and_tells_it_what_ended():
     assert verify(DEMONSTRATION, "1", {"_ended": False}) == 0
 
 
+def test_the_reward_is_the_verifier():
+    ids = [task.ALPHABET.index(c) for c in DEMONSTRATION]
+    ended = [*ids, task.ALPHABET.index(task.EOS)]
+    told = {"completions": [DEMONSTRATION] * 3, "completion_ids": [ended, ids, ended], "answer": ["1", "1", "2"]}
+    assert task.reward(prompts=[PROBLEM] * 3, **told) == [1.0, 0.0, 0.0]
+
+
+def test_practice_is_of_the_training_problems_and_has_nothing_to_imitate():
+    rows = task.practice_rows(200, seed=1)
+    assert all(set(row) == {"prompt", "answer"} and task.split_of(row["prompt"]) == "train" for row in rows)
+    assert all(row["answer"] == task.answer_of(row["prompt"]) for row in rows)
+    assert rows != task.practice_rows(200, seed=2)
+
+
 def test_data_depend_on_the_seed_alone():
     assert task.training_rows(50, 0.2, seed=3) == task.training_rows(50, 0.2, seed=3)
     assert task.training_rows(50, 0.2, seed=3) != task.training_rows(50, 0.2, seed=4)

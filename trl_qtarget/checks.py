@@ -104,15 +104,15 @@ def _refuse_parallelism(args: TargetSFTConfig, target: Target) -> None:
     config = compat.parallelism_config(args)
     parts = compat.sequence_parallel_size(config)
     second_model = target.reads_model() or "snapshot" in target.needs
-    if parts > 1 and not args.average_tokens_across_devices:
-        raise ValueError(
-            "With sequence parallelism no rank has sequences of its own to average over: leave "
-            "average_tokens_across_devices at true."
-        )
     if parts > 1 and (second_model or target.whole_batch):
         raise ValueError(
             f"Loss {args.loss!r} cannot be trained with sequence parallelism: a second model would attend within each "
             "rank's part of the sequence only. Use a loss without teacher or reference, or sp_size=1."
+        )
+    if parts > 1 and not args.average_tokens_across_devices:
+        raise ValueError(
+            "With sequence parallelism no rank has sequences of its own to average over: leave "
+            "average_tokens_across_devices at true."
         )
     for name, kind in (("cp_size", "Context"), ("tp_size", "Tensor")):
         if (getattr(config, name, None) or 1) > 1:

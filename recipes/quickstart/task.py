@@ -85,6 +85,13 @@ def training_rows(rows: int, noise: float, seed: int) -> list[Row]:
     return [make_row(draw_problem(rng), rng, i in noisy) for i in range(rows)]
 
 
+def practice_rows(rows: int, seed: int) -> list[Row]:
+    """`rows` further problems for training and their answers, with nothing to imitate: a reward says what is right."""
+    rng = random.Random(f"practice {seed}")
+    problems = [draw_problem(rng) for _ in range(rows)]
+    return [{"prompt": problem, "answer": answer_of(problem)} for problem in problems]
+
+
 def held_out_rows(rows: int, split: str) -> list[Row]:
     """`rows` problems of a held-out split: always the same ones."""
     rng = random.Random(split)
@@ -97,10 +104,9 @@ def correct(completion: str, answer: str, row: dict, ended: bool) -> bool:
 
 
 def reward(completions: list[str], completion_ids: list[list[int]], answer: list[str], **columns) -> list[float]:
-    """The same as a reward of TRL's GRPO, which decodes completions without their end token: 1 or 0 each."""
-    end = ALPHABET.index(EOS)
-    given = zip(completions, answer, completion_ids, strict=True)
-    return [float(correct(text, digit, {}, end in ids)) for text, digit, ids in given]
+    """The same verifier as a reward of GRPO: `reward_funcs: recipes.quickstart.task.reward`."""
+    ended = [ids[-1:] == [ALPHABET.index(EOS)] for ids in completion_ids]
+    return [float(correct(*told[:2], {}, told[2])) for told in zip(completions, answer, ended, strict=True)]
 
 
 def write_jsonl(path: Path, rows: list[Row]) -> Path:
@@ -111,20 +117,22 @@ def write_jsonl(path: Path, rows: list[Row]) -> Path:
 
 
 def main() -> None:
-    """Write `train.jsonl`, `validation.jsonl` and `test.jsonl`."""
+    """Write `train.jsonl`, `practice.jsonl`, `validation.jsonl` and `test.jsonl`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--rows", type=int, default=200, help="training rows (default: 200)")
     parser.add_argument("--noise", type=float, default=0.2, help="share of wrong training rows (default: 0.2)")
+    parser.add_argument("--practice", type=int, default=2000, help="training problems alone (default: 2000)")
     parser.add_argument("--held_out", type=int, default=250, help="validation and test problems each (default: 250)")
-    parser.add_argument("--seed", type=int, default=0, help="draws the training rows and their mistakes (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="draws training rows, mistakes and practice (default: 0)")
     args = parser.parse_args()
     if not 0 <= args.noise <= 1:
         parser.error(f"--noise is a share between 0 and 1, not {args.noise}")
     write_jsonl(args.output_dir / "train.jsonl", training_rows(args.rows, args.noise, args.seed))
+    write_jsonl(args.output_dir / "practice.jsonl", practice_rows(args.practice, args.seed))
     for split in HELD_OUT:
         write_jsonl(args.output_dir / f"{split}.jsonl", held_out_rows(args.held_out, split))
-    print(f"wrote train, validation and test data to {args.output_dir}")
+    print(f"wrote train, practice, validation and test data to {args.output_dir}")
 
 
 if __name__ == "__main__":

@@ -4,10 +4,11 @@ import importlib
 import re
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..evaluation import preferences
 from ..scripts.reading import nearest
 from .plan import OUTPUT, Stage, plain
 
@@ -22,14 +23,15 @@ COLUMNS = {  # any of these sets will do
     "reward": (("chosen", "rejected"),),
 }
 COLUMNS["cache"] = COLUMNS["sft"]
+Planned = Mapping[str, Mapping[str, Sequence[str]]]  # folders of stages to come -> files of data in them -> columns
 
 
-def wrong_data(command: str, named: dict[str, Any]) -> list[str]:
+def wrong_data(command: str, named: dict[str, Any], planned: Planned) -> list[str]:
     """Local data that is not there, or whose columns are not those that the command reads."""
     found = []
-    for label, arguments in _sources(command, named):
+    for label, arguments in _sources(command, named, planned):
         try:
-            columns = _columns(arguments)
+            columns = _planned_columns(arguments, planned) or _columns(arguments)
         except StopIteration:
             found.append(f"the data {label} is empty")
             continue
@@ -45,7 +47,7 @@ def wrong_data(command: str, named: dict[str, Any]) -> list[str]:
     return found
 
 
-def _sources(command: str, named: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+def _sources(command: str, named: dict[str, Any], planned: Planned) -> Iterator[tuple[str, dict[str, Any]]]:
     """The local data sets of a stage, as arguments of `load_dataset`."""
     if command == "merge":
         return
@@ -60,8 +62,26 @@ def _sources(command: str, named: dict[str, Any]) -> Iterator[tuple[str, dict[st
         if (entry.path in BUILDERS and not remote) or Path(entry.path).exists():
             yield str(entry.data_files or entry.data_dir or entry.path), kept | {"columns": entry.columns}
     folder = named["dataset_name"]
-    if not named["datasets"] and folder and Path(folder).exists():
+    if not named["datasets"] and folder and (folder in planned or Path(folder).exists()):
         yield folder, {"path": folder, "name": named["dataset_config"], "split": named["dataset_train_split"]}
+
+
+def _planned_columns(arguments: dict[str, Any], planned: Planned) -> Sequence[str] | None:
+    """Those of data that an earlier stage will write; None for other data.
+
+    Raises:
+        ValueError: the stage writes no such file.
+    """
+    given = arguments.get("data_files") or arguments["path"]
+    for file in map(str, given if isinstance(given, list) else [given]):
+        for folder, files in planned.items():
+            if file == folder or file.startswith(folder + "/"):
+                name = file.removeprefix(folder).removeprefix("/")
+                if name not in files:
+                    known = f"that stage writes {', '.join(files)}" if files else "that stage writes no data"
+                    raise ValueError(f"{known}; an eval with `pairs` writes {preferences.FILE}, to be named as a file")
+                return files[name]
+    return None
 
 
 def _columns(arguments: dict[str, Any]) -> list[str]:

@@ -32,7 +32,7 @@ STYLE = (
 
 
 def main_metric(stage: Stage) -> str:
-    """A stage's last main metric, as text."""
+    """A stage's last main metric, as text; of each model where one evaluation has several."""
     if stage.command == "eval":
         return _average(stage.output / "results.json")
     rows = history(stage.log)
@@ -45,10 +45,11 @@ def main_metric(stage: Stage) -> str:
 
 def _average(file: Path) -> str:
     try:
-        first = json.loads(file.read_text(encoding="utf-8"))["results"][0]
+        results = json.loads(file.read_text(encoding="utf-8"))["results"]
+        averages = [with_error(result["average_at_k"], result["average_at_k_se"]) for result in results]
+        return f"Average@{results[0]['k']} {', '.join(averages)}"
     except (OSError, ValueError, LookupError):
         return ""
-    return f"Average@{first['k']} {with_error(first['average_at_k'], first['average_at_k_se'])}"
 
 
 def table(stages: list[Stage], records: dict[str, Record], done: set[str]) -> Any:

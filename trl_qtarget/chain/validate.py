@@ -19,6 +19,7 @@ from typing import Any
 import yaml
 from trl import DatasetMixtureConfig
 
+from ..evaluation import preferences
 from ..scripts import preflight
 from ..scripts.launching import make_launcher
 from ..scripts.parsing import StrictParser
@@ -72,7 +73,7 @@ def _stage(stage: Stage, planned: dict[str, str], stages: list[Stage]) -> tuple[
         settings = {name: copy.deepcopy(made.get_default(name)) for name in names}
         given = {action.dest: copy.deepcopy(made.get_default(action.dest)) for action in made._actions}
         values, wrong = _values(made, launch)
-        found += [*wrong, *_no_adapter(stage, stages), *_wrong(stage.command, given)]
+        found += [*wrong, *_no_adapter(stage, stages), *_wrong(stage.command, given, _data(stages, planned))]
         if not found:
             found = _missing(stage.command, values)
     environment = plain(stage.settings.get("env"))
@@ -131,16 +132,28 @@ def _own_environment() -> Iterator[None]:
 
 def _no_adapter(stage: Stage, stages: list[Stage]) -> list[str]:
     """The training commands of TRL load no folder that holds an adapter alone."""
+    if stage.command in ("eval", "merge"):
+        return []
     given = plain(stage.settings.get("model_name_or_path"))
     adapters = {str(s.output) for s in stages if s.command in POLICIES and plain(s.settings.get("use_peft")) is True}
     local = isinstance(given, str) and Path(given, "adapter_config.json").is_file()
     alone = given in adapters or (local and not Path(given, "config.json").is_file())
-    if not alone or stage.command in ("eval", "merge"):
+    if not alone:
         return []
     return [f"{stage.command} cannot start from an adapter alone, as TRL loads none: use handoff: merge before it"]
 
 
-def _wrong(command: str, given: dict[str, Any]) -> list[str]:
+def _data(stages: list[Stage], planned: dict[str, str]) -> inputs.Planned:
+    """The files of data that stages to come will write, by their stand-ins."""
+    pairs = {preferences.FILE: preferences.COLUMNS}
+    return {
+        planned[str(stage.output)]: pairs if stage.command == "eval" and plain(stage.settings.get("pairs")) else {}
+        for stage in stages
+        if str(stage.output) in planned
+    }
+
+
+def _wrong(command: str, given: dict[str, Any], planned: inputs.Planned) -> list[str]:
     """Folders, data and functions that are named, and are not there."""
     found = []
     if command != "eval":
@@ -149,10 +162,10 @@ def _wrong(command: str, given: dict[str, Any]) -> list[str]:
         return found
     if command == "eval":
         if given["dataset"] and given["model_name_or_path"]:
-            found += inputs.wrong_data(command, given) + inputs.wrong_evaluation(argparse.Namespace(**given))
+            found += inputs.wrong_data(command, given, planned) + inputs.wrong_evaluation(argparse.Namespace(**given))
         return found
     given["datasets"] = DatasetMixtureConfig(given["datasets"]).datasets
-    found += inputs.wrong_data(command, given)
+    found += inputs.wrong_data(command, given, planned)
     return found + (inputs.wrong_rewards(given) if given.get("reward_funcs") else [])
 
 

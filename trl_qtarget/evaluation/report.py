@@ -158,7 +158,12 @@ def samples_file(folder: str, label: str) -> Path:
 def write_samples(path: Path, samples: Iterable[Sample]) -> None:
     """One line a sample, by row; the greedy one comes first and has `"sample": null`."""
     ordered = sorted(samples, key=lambda s: (s.row, -1 if s.sample is None else s.sample))
-    write(path, "".join(json.dumps(asdict(s) | {"correct": s.correct}, ensure_ascii=False) + "\n" for s in ordered))
+    write_rows(path, [asdict(s) | {"correct": s.correct} for s in ordered])
+
+
+def write_rows(path: Path, rows: Iterable[dict]) -> None:
+    """One JSON object a line."""
+    write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def write(path: Path, text: str) -> None:

@@ -3,7 +3,8 @@
 trl-qtarget eval --model_name_or_path outputs/dft outputs/target_sft --dataset problems.jsonl --k 16 --verifier math
 
 Prints Average@k (the mean over problems of the mean score of k samples, with its standard error over problems), greedy
-accuracy, pass@k, length and how many samples ended. All settings can stand in a file: --config eval.yaml.
+accuracy, pass@k, length and how many samples ended. With --pairs also preferences for DPO: right and wrong samples of
+the same prompt. All settings can stand in a file: --config eval.yaml.
 """
 
 import json
@@ -16,7 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from trl_qtarget import __version__
-from trl_qtarget.evaluation import models, report
+from trl_qtarget.evaluation import models, preferences, report
 from trl_qtarget.evaluation.problems import Problem, read_problems
 from trl_qtarget.evaluation.report import Result, Sample
 from trl_qtarget.evaluation.verifiers import MathVerifier, Verifier, find_verifier
@@ -53,10 +54,14 @@ class EvalArguments:
     output_dir: str | None = field(
         default=None, metadata={"help": "write results.json and samples-MODEL.jsonl into this folder"}
     )
+    pairs: int | None = field(
+        default=None,
+        metadata={"help": "write up to so many pairs a row of a right and a wrong sample to pairs.jsonl, for DPO"},
+    )
     overwrite: bool = field(default=False, metadata={"help": "replace the results that output_dir holds"})
 
     def __post_init__(self):
-        for name in ("k", "max_new_tokens", "batch_size", "max_rows"):
+        for name in ("k", "max_new_tokens", "batch_size", "max_rows", "pairs"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"--{name} must be at least 1, not {value}.")
@@ -66,6 +71,8 @@ class EvalArguments:
             raise ValueError(f"--top_p must be above 0 and at most 1, not {self.top_p}.")
         if self.dtype not in DTYPES:
             raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}, not {self.dtype!r}.")
+        if self.pairs is not None and (self.output_dir is None or len(self.model_name_or_path) > 1):
+            raise ValueError("--pairs are the samples of one model, and need an --output_dir.")
         for name in self.model_name_or_path:
             if self.model_name_or_path.count(name) > 1:
                 raise ValueError(f"--model_name_or_path names {name} twice.")
@@ -92,6 +99,8 @@ def main(args: EvalArguments) -> list[Result]:
         result, samples = evaluate(args, subject, problems, verifier, baseline)
         results.append(result)
         baseline = baseline or samples
+        if args.pairs is not None and args.output_dir is not None:
+            write_pairs(args, problems, samples)
         if args.output_dir is not None:
             report.write_samples(report.samples_file(args.output_dir, subject.label), samples)
     if args.output_dir is not None:
@@ -110,6 +119,7 @@ def prepare(args: EvalArguments) -> tuple[Verifier, list[Problem], list[models.S
     labels = models.labels(args.model_name_or_path)
     if args.output_dir is not None and not args.overwrite:
         files = [Path(args.output_dir, "results.json"), *(report.samples_file(args.output_dir, x) for x in labels)]
+        files += [Path(args.output_dir, preferences.FILE)] if args.pairs is not None else []
         for file in files:
             if file.exists():
                 raise ValueError(f"{file} exists already: give another --output_dir, or --overwrite.")
@@ -177,6 +187,18 @@ def judge(completion, tokenizer, problems: list[Problem], verifier: Verifier) ->
     text = tokenizer.decode(completion.ids, skip_special_tokens=True)
     score = verifier(text, problem.answer, problem.row | {"_ended": completion.ended})
     return Sample(completion.row, completion.sample, text, score, completion.ended, completion.length)
+
+
+def write_pairs(args: EvalArguments, problems: list[Problem], samples: list[Sample]) -> None:
+    """The file for DPO. Where not one pair can be made: one sentence, exit code 2, and nothing is written."""
+    assert args.output_dir is not None
+    pairs = preferences.pairs(problems, samples, args.pairs or 1)
+    if not pairs:
+        print(f"trl-qtarget eval: --pairs: {preferences.why_none(samples)}", file=sys.stderr)
+        raise SystemExit(2)
+    report.write_rows(Path(args.output_dir, preferences.FILE), pairs)
+    rows = len({json.dumps(pair["prompt"]) for pair in pairs})
+    print(f"{len(pairs)} pairs from {rows} of {len(problems)} rows in {Path(args.output_dir, preferences.FILE)}")
 
 
 def title(args: EvalArguments, results: list[Result]) -> str:
