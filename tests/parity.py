@@ -62,7 +62,8 @@ ENGINES = {
     "zero2": Engine(2, zero=2, env=DEEPSPEED),
     "zero3": Engine(2, zero=3, env=DEEPSPEED),
     "fsdp2": Engine(2, env=FSDP2),
-    "ulysses": Engine(2, zero=2, split=True, env=DEEPSPEED),
+    "ulysses-zero2": Engine(2, zero=2, split=True, env=DEEPSPEED),
+    "ulysses-zero3": Engine(2, zero=3, split=True, env=DEEPSPEED),
 }
 
 
@@ -161,9 +162,10 @@ def weights_of(folder: Path) -> dict[str, torch.Tensor]:
         from safetensors.torch import load_file
 
         return load_file(folder / "adapter_model.safetensors")
-    from transformers import AutoModelForCausalLM
+    import transformers
 
-    model, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    (name,) = transformers.AutoConfig.from_pretrained(folder).architectures
+    model, report = getattr(transformers, name).from_pretrained(folder, output_loading_info=True)
     assert not any(report.get(kind) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), report
     return dict(model.state_dict())
 

@@ -38,12 +38,15 @@ def halves() -> list[Cell]:
     """Halves of sequences: losses without a second model are exact, others are refused."""
     alone = "cannot be trained with sequence parallelism"
     refused = {"target_sft": alone, "asft": alone, "iw_sft": alone, "psft": alone}
-    cells = [
-        Cell("losses", f"{loss}, untied head", "ulysses", loss, "untied", refused=refused.get(loss))
-        for loss in (*LOSSES, "eaft", "gem")
-    ]
     cut = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
-    return [*cells, Cell("batching", "2 rows x 4 steps, dft", "ulysses", "dft", options=cut)]
+    cells = []
+    for engine in (name for name, engine in ENGINES.items() if engine.split):
+        for case in ("tied", "untied"):
+            for loss in (*LOSSES, "eaft", "gem"):
+                row = f"{loss}, {case} head"
+                cells.append(Cell("losses", row, engine, loss, case, refused=refused.get(loss)))
+        cells.append(Cell("batching", "2 rows x 4 steps, dft", engine, "dft", options=cut))
+    return cells
 
 
 def batching() -> list[Cell]:

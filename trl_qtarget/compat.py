@@ -245,6 +245,18 @@ def sequence_parallel_size(parallelism_config: Any) -> int:
     return getattr(parallelism_config, "sp_size", None) or 1
 
 
+def summed_parts(accelerator: Any) -> int:
+    """Over how many ranks of one sequence (Ulysses) DeepSpeed sums gradients, where it takes their mean elsewhere.
+
+    ZeRO-3 takes the mean over these too, unless it is told not to scatter.
+    """
+    parts = sequence_parallel_size(accelerator.parallelism_config)
+    if parts == 1:
+        return 1
+    zero = accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
+    return 1 if zero["stage"] == 3 and zero.get("reduce_scatter", True) else parts
+
+
 def shards_weights(accelerator: Any) -> bool:
     """Whether a rank holds parts of the trained weights only (FSDP, ZeRO-3)."""
     plugin = getattr(accelerator.state, "deepspeed_plugin", None)

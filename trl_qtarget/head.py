@@ -6,7 +6,7 @@ assignment to `model.forward` in the package. The forward is called through what
 DeepSpeed, autocast), and backbone and head are looked up in each call, because PEFT and FSDP replace them.
 
     DDP, FSDP1   the wrapper's forward is entered as ever; gradients of the head flow through its parameter
-    FSDP2        a sharded head is a DTensor: gathered once, before the loss, and its gradient scattered by autograd
+    FSDP2        a head that is still sharded is a DTensor: gathered once, before the loss, and its gradient reduced
     ZeRO-3       heads are gathered around the loss (`gathered`)
     LoRA         a frozen head gets no product and no buffer
 """
@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import Partial
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
@@ -73,9 +74,17 @@ def read_head(model: PreTrainedModel) -> Head:
     config = model.config.get_text_config()
     # PEFT's wrapper around a tied head of which single rows are trained has a weight of its own and no bias
     bias = head.bias if hasattr(head, "bias") else head.original_module.bias
-    weight, bias = (x.full_tensor() if hasattr(x, "full_tensor") else x for x in (head.weight, bias))
+    weight, bias = (_whole(x) if hasattr(x, "full_tensor") else x for x in (head.weight, bias))
     softcap = next((getattr(config, name) for name in SOFTCAPS if getattr(config, name, None) is not None), None)
     return Head(weight, bias, _logit_scale(config), softcap)
+
+
+def _whole(sharded: Any) -> Tensor:
+    """All of a DTensor. Each rank has a gradient of its own for it, and a shard gets the mean of them, as in FSDP."""
+    whole = sharded.full_tensor(grad_placements=[Partial()] * sharded.device_mesh.ndim)
+    if whole.requires_grad:
+        whole.register_hook(lambda gradient: gradient / sharded.device_mesh.size())
+    return whole
 
 
 def head_rows(model: PreTrainedModel) -> int:

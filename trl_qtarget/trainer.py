@@ -278,7 +278,7 @@ class TargetSFTTrainer(SFTTrainer):
 
     def _reduced(self, out: ScoredOutput, num_items_in_batch: Tensor | int | None, mode: str) -> Tensor:
         """As SFTTrainer reduces: over all tokens of the step, undoing the mean that DDP takes over ranks."""
-        parts = compat.sequence_parallel_size(self.accelerator.parallelism_config) if mode == "train" else 1
+        parts = compat.summed_parts(self.accelerator) if mode == "train" else 1
         tokens = out.sums[0] if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
         loss = out.total / tokens.to(out.total.device).clamp(min=1)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
@@ -287,8 +287,8 @@ class TargetSFTTrainer(SFTTrainer):
             # a mean of its own for each micro-batch, where the loss above is a share of the whole step's
             steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
             loss = loss + out.aux_loss * (self.router_aux_loss_coef / steps / parts)
-        # Over the parts of a sequence DeepSpeed sums gradients, and Trainer logs the mean of the parts' values.
-        # Trainer's own reduction for them, a differentiable gather, would make gradients too large by their number.
+        # Where gradients are summed over the parts of a sequence, what Trainer logs is still the mean of their values.
+        # Trainer's own reduction, a differentiable gather, would make such gradients too large by their number.
         return loss if parts == 1 else loss + (parts - 1) * loss.detach()
 
     # Checkpoints: what a student remembers of itself is part of the run
