@@ -33,7 +33,7 @@ STUDENT = str(QUICKSTART / "student")
 STARTS = ("nll", "dft", "target_sft", "none")
 OF_THE_LOSS = ("loss", "loss_kwargs", "teacher_model_name_or_path", "learning_rate")
 DRAWS, CHOICE_DRAWS = (0, 1, 2), (100,)  # seeds of task.py
-RATES = {"grpo": (1e-4, 3e-4, 1e-3), "dpo": (3e-5, 1e-4, 3e-4)}
+RATES = {"grpo": (1e-4, 3e-4, 1e-3), "dpo": (1e-5, 3e-5, 1e-4, 3e-4, 1e-3)}
 CURVES = {
     "grpo": ("reward", "mean reward: share of completions right", "GRPO updates"),
     "dpo": ("rewards/margins", "margin of the implicit rewards (beta x nats)", "DPO updates"),
