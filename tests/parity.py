@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import itertools
 import json
 import os
 import platform
@@ -203,7 +202,8 @@ def require_no_drift(residuals: list[float], tolerance: float) -> None:
 def compare_weights(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float) -> None:
     assert got.keys() == expected.keys()
     for name, weight in expected.items():
-        apart = ((got[name].double() - weight.double()).norm() / weight.double().norm().clamp(min=1e-12)).item()
+        # a key's bias starts at zero and has no gradient: all there is of it is rounding
+        apart = ((got[name].double() - weight.double()).norm() / weight.double().norm().clamp(min=1e-3)).item()
         assert apart <= tolerance, f"{name} ends {apart:.1e} off"
 
 
@@ -228,10 +228,7 @@ class Runs:
                 if c.killed:
                     launch(cell.engine, [c.id], self.folder)
                     assert not (self.folder / c.id / "steps.json").is_file(), "it was to be killed"
-            # DeepSpeed's attention over parts of sequences keeps the shape of a process's first batch
-            cut = (lambda c: len(c.options)) if ENGINES[cell.engine].split else (lambda c: 0)
-            for _, cells in itertools.groupby(sorted(mine, key=cut), key=cut):
-                launch(cell.engine, [c.id for c in cells], self.folder)
+            launch(cell.engine, [c.id for c in mine], self.folder)
         return self.folder / cell.id
 
     def error_of(self, cell: Cell) -> str | None:

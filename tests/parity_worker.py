@@ -22,8 +22,12 @@ from datasets import Dataset
 from parity import BATCH, CASES, ENGINES, SAVE_EVERY, STEPS, Cell
 from transformers import TrainerCallback
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from trl_qtarget import TargetSFTConfig, TargetSFTTrainer
+
+
+SDPA = ALL_ATTENTION_FUNCTIONS["sdpa"]
 
 
 def tokenized(labelled: slice = slice(None), weights: list[float] | None = None) -> list[dict]:
@@ -153,10 +157,9 @@ class Killer(TrainerCallback):
 def forget() -> None:
     """Take back what a training leaves in the process, so that the next one starts as the first."""
     unset_hf_deepspeed_config()
-    if "deepspeed" in sys.modules:
-        from deepspeed.runtime.sequence_parallel import parallel_state_sp
-
-        parallel_state_sp._release_sequence_parallel_groups()
+    if parallel_state := sys.modules.get("deepspeed.runtime.sequence_parallel.parallel_state_sp"):
+        parallel_state._release_sequence_parallel_groups()
+        ALL_ATTENTION_FUNCTIONS["sdpa"] = SDPA  # DeepSpeed has wrapped it
     AcceleratorState._reset_state()
     GradientState._reset_state()
     PartialState._reset_state()
