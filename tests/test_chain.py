@@ -396,6 +396,26 @@ def test_goes_on_from_the_newest_whole_checkpoint(chain, started):
     assert "--resume_from_checkpoint" not in started[2]  # it belongs to other settings
 
 
+@pytest.mark.parametrize(("kept", "resumed"), [((50, 60), ["--resume_from_checkpoint", "checkpoint-50"]), ((60,), [])])
+def test_a_checkpoint_after_the_last_step_is_not_gone_on_from(chain, started, capsys, kept, resumed):
+    """Trainer would take step 61 before it looks at max_steps."""
+    started.fail = "dpo"
+    assert main(["chain", "--config", chain()]) == 1
+    for number in kept:
+        folder = Path(f"runs/dpo/model/checkpoint-{number}")
+        folder.mkdir()
+        (folder / "optimizer.pt").touch()
+        (folder / "trainer_state.json").write_text(json.dumps({"global_step": number, "max_steps": 60}))
+    capsys.readouterr()
+    assert main(["chain", "--config", chain(), "--dry_run"]) == 0
+    assert ("goes on from checkpoint-50" if resumed else "starts again") in capsys.readouterr().out
+    started.fail = None
+    started.clear()
+    assert main(["chain", "--config", chain()]) == 0
+    assert [word.rpartition("/")[2] for word in started[0][3:]] == resumed
+    assert Path("runs/dpo/model/checkpoint-60").exists() == bool(resumed)
+
+
 def test_a_folder_of_somebody_else_is_left_alone(chain, started, capsys):
     Path("runs/dpo").mkdir(parents=True)
     Path("runs/dpo/thesis.tex").write_text("x")
@@ -645,3 +665,29 @@ def test_a_killed_chain_ends_as_an_uninterrupted_one(chain, tmp_path, killed):
     start = time.perf_counter()
     assert subprocess.run([*call, config], env=environment, check=False).returncode == 0
     assert time.perf_counter() - start < 4  # seconds, one a stage, on a loaded machine too
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("limit", [1, 2])
+def test_killed_between_the_last_checkpoint_and_the_model(chain, limit):
+    """Five steps of two an epoch: Trainer would take a sixth from the checkpoint of the fifth."""
+    settings = CPU | SMALL | {"max_steps": 5, "save_total_limit": limit, "lr_scheduler_type": "constant"}
+    chain({"defaults": settings}, sft={"use_peft": None, "learning_rate": 1e-2})
+    call = [sys.executable, "-m", "trl_qtarget", "chain", "--config", "chain.yaml", "--to", "sft"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    assert subprocess.run(call, env=environment, check=False).returncode == 0
+    folder = Path("runs/sft")
+    whole = (folder / "model/model.safetensors").read_bytes()
+    steps = [row["loss"] for row in execute.history(folder / "log.txt") if "loss" in row]
+    metric = keys.record(folder).metric
+    for file in folder.glob("model/*"):
+        if file.is_file():
+            file.unlink()
+    killed = keys.record(folder)
+    killed.state = "running"
+    killed.save(folder)
+    assert subprocess.run(call, env=environment, check=False).returncode == 0
+    assert (folder / "model/model.safetensors").read_bytes() == whole
+    assert [row["loss"] for row in execute.history(folder / "log.txt") if "loss" in row] == steps
+    assert len(steps) == 5
+    assert keys.record(folder).metric == metric

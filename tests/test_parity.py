@@ -30,6 +30,10 @@ so is Ulysses, where each has half of every sequence.
 A resumed run is compared with the same run in one go: bit for bit on one process, to 1e-6 elsewhere. Without
 `average_tokens_across_devices` each rank takes its own mean, and the reference weights tokens so that their one mean
 is the mean of the two ranks'. bfloat16 is held to float32 within eight of its roundings, 3%.
+
+Mixtures of experts are compared without their balancing loss, which is a mean of each micro-batch and rank by its
+definition. Gemma3 under FSDP2 is refused by accelerate, which looks for layers that the model has not. QLoRA has no
+row: `tests/test_models.py` holds it to its own logits on one process, where bitsandbytes is installed.
 """
 
 
