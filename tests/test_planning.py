@@ -4,7 +4,9 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
+import accelerate
 import pytest
 import torch
 import yaml
@@ -15,6 +17,7 @@ import trl_qtarget
 from trl_qtarget import ProjectedLogits, build, qtarget_loss
 from trl_qtarget.advice import advise
 from trl_qtarget.cli import main
+from trl_qtarget.compat import prepare_frozen
 from trl_qtarget.kernels.scratch import KEPT
 from trl_qtarget.planning import Engine, Run, Size, Teacher, parts, peak, totals
 from trl_qtarget.scripts import plan
@@ -383,6 +386,35 @@ def test_plan_refuses_in_a_sentence(recipe, capsys, changes, words, said):
     assert stop.value.code == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith(f"trl-qtarget plan: {said}")
+
+
+# What FSDP wraps of a frozen model
+
+
+@pytest.mark.parametrize(
+    ("named", "wrapped"),
+    [
+        (None, None),
+        (["Qwen3DecoderLayer"], ["Qwen3DecoderLayer"]),
+        (["Qwen3MLP", "Qwen3Attention"], ["Qwen3MLP", "Qwen3Attention"]),  # a user's, finer than the model's own
+        (["LlamaDecoderLayer"], None),  # of another family: the model's own
+        (["LlamaDecoderLayer", "Embedding"], ["Embedding", "Qwen3DecoderLayer"]),
+    ],
+)
+def test_a_frozen_model_is_wrapped_as_named_where_it_has_the_layers(monkeypatch, tiny_model, named, wrapped):
+    plugin = SimpleNamespace(transformer_cls_names_to_wrap=named, fsdp_version=2)
+    accelerator = SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin))
+    seen = []
+
+    def shard(accelerator, model):
+        seen.append(accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap)
+        return model
+
+    monkeypatch.setattr(accelerate.utils, "fsdp2_prepare_model", shard)
+    prepare_frozen(tiny_model(), accelerator)
+    assert seen == [wrapped]
+    assert accelerator.state.fsdp_plugin is plugin
+    assert plugin.transformer_cls_names_to_wrap == named
 
 
 @pytest.mark.slow
