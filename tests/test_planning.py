@@ -125,6 +125,22 @@ def test_what_is_not_exact_says_so():
     assert part(replace(PLAIN, engine=Engine("DDP", 2)), "engine's buffers").update == 4 * N
 
 
+@pytest.mark.parametrize(
+    ("engine", "accumulation", "expected"),
+    [
+        ("DDP", 1, 20), ("DDP", 2, 22), ("ZeRO-2", 2, 2 + 18 / 8), ("ZeRO-3", 2, 20 / 8),
+        ("FSDP", 1, 16 / 8), ("FSDP", 2, 2 + 12 / 8),
+    ],
+)  # fmt: skip
+def test_bytes_a_parameter_are_those_of_the_page(engine, accumulation, expected):
+    n = 10**13  # beside which nothing else counts
+    student = replace(STUDENT, trained=n, linear=n)
+    found = parts(replace(PLAIN, student=student, engine=Engine(engine, 8), accumulation=accumulation, half=True,
+                          checkpointing=True))  # fmt: skip
+    held = [p for p in found if p.name != "gathered weights"]
+    assert max(sum(getattr(p, m) for p in held) for m in ("loss", "update")) / n == pytest.approx(expected, rel=1e-3)
+
+
 # What to change
 
 
