@@ -2,6 +2,7 @@
 
 import json
 import re
+import runpy
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +12,7 @@ import pytest
 import torch
 import yaml
 from peft import LoraConfig, get_peft_model
-from transformers import Qwen3MoeConfig
+from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3MoeConfig
 
 import trl_qtarget
 from trl_qtarget import ProjectedLogits, build, qtarget_loss
@@ -21,7 +22,7 @@ from trl_qtarget.compat import prepare_frozen
 from trl_qtarget.kernels.scratch import KEPT
 from trl_qtarget.planning import Engine, Run, Size, Teacher, parts, peak, totals
 from trl_qtarget.scripts import plan
-from trl_qtarget.scripts.counting import adapted, run_of
+from trl_qtarget.scripts.counting import adapted, run_of, size_of
 from trl_qtarget.scripts.launching import launched_as
 
 
@@ -123,6 +124,15 @@ def test_what_is_not_exact_says_so():
         "gathered weights", "context and allocator",
     }  # fmt: skip
     assert part(replace(PLAIN, engine=Engine("DDP", 2)), "engine's buffers").update == 4 * N
+
+
+def test_the_page_counts_a_model_as_the_plan_does():
+    config = Qwen2Config(
+        vocab_size=640, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, tie_word_embeddings=False,
+    )  # fmt: skip
+    made = runpy.run_path(str(ROOT / "recipes/accelerate/cost.py"))
+    assert made["qwen"](64, 2, 96, 4, 2, rows=640) == size_of(Qwen2ForCausalLM(config), itemsize=2)
 
 
 @pytest.mark.parametrize(

@@ -7,27 +7,25 @@ import re
 from itertools import product
 from pathlib import Path
 
-import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM
-
 from trl_qtarget.planning import Engine, Run, Size, Teacher, parts, peak, totals
-from trl_qtarget.scripts.counting import size_of
 
 
 README = Path(__file__).with_name("README.md")
 TABLES = re.compile(r"(<!-- cost:[^\n]*-->\n).*(<!-- /cost -->)", re.DOTALL)
 G = 1e9
+V = 152_064
 ENGINES = {"ddp": "DDP", "zero2": "ZeRO-2", "zero3": "ZeRO-3", "fsdp2": "FSDP"}  # profile, and its name in the plan
 
 
-def qwen(width: int, layers: int, inner: int, heads: int, kv_heads: int, itemsize: int = 2) -> Size:
-    """Sizes of a Qwen2.5 from the numbers of its configuration; no weights are made."""
-    config = Qwen2Config(
-        vocab_size=152_064, hidden_size=width, intermediate_size=inner, num_hidden_layers=layers,
-        num_attention_heads=heads, num_key_value_heads=kv_heads, tie_word_embeddings=False,
+def qwen(width: int, layers: int, inner: int, heads: int, kv_heads: int, rows: int = V, itemsize: int = 2) -> Size:
+    """Sizes of a Qwen2.5 with a head of its own, from the numbers of its configuration."""
+    D, kv = width, width // heads * kv_heads
+    linear = layers * (2 * D * D + 2 * D * kv + 3 * D * inner)
+    biases_and_norms = layers * (D + 2 * kv + 2 * D) + D
+    return Size(
+        frozen=0, trained=2 * rows * D + linear + biases_and_norms, linear=linear, rows=rows, width=D, layers=layers,
+        inner=4 * D + 2 * kv + 4 * inner, frozen_bytes=0, itemsize=itemsize,
     )  # fmt: skip
-    with torch.device("meta"):
-        return size_of(Qwen2ForCausalLM(config), itemsize)
 
 
 STUDENT, TEACHER = qwen(3584, 28, 18_944, 28, 4, itemsize=4), qwen(5120, 64, 27_648, 40, 8)  # Qwen2.5-7B and -32B
