@@ -20,6 +20,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -38,7 +39,9 @@ CURVES = {
     "grpo": ("reward", "mean reward: share of completions right", "GRPO updates"),
     "dpo": ("rewards/margins", "margin of the implicit rewards (beta x nats)", "DPO updates"),
 }
-SCORES = ("average_at_k", "greedy", "pass_at_k")
+ALIKE = "frac_reward_zero_std"  # GRPO's share of problems whose completions all have one reward: nothing to learn from
+LOGGED = {"grpo": ("reward", "entropy", ALIKE), "dpo": ("rewards/margins", "entropy")}
+SCORES = {"average_at_k": "Average@16", "greedy": "greedy", "pass_at_k": "pass@16"}
 
 Rates = dict[str, tuple[float, ...]]  # by start
 Row = dict[str, Any]
@@ -121,6 +124,15 @@ def scores(folder: Path, draw: int, method: str) -> dict[str, Row]:
     return {"none" if r["model"] == STUDENT else Path(r["model"]).parts[-2]: r for r in results}
 
 
+def before_and_after(found: dict[str, Row], method: str, start: str, rate: float) -> Row:
+    """The scores of a start and of what became of it."""
+    results = {
+        "before": found["none" if start == "none" else f"sft-{start}"],
+        "after": found[f"{method}-{start}-{rate:g}"],
+    }
+    return {f"{when}_{score}": result[score] for when, result in results.items() for score in SCORES}
+
+
 def choose(method: str, folder: Path) -> tuple[dict[str, float], list[Row]]:
     """The best learning rate of each start on validation problems, and all that were tried."""
     rows = []
@@ -129,20 +141,20 @@ def choose(method: str, folder: Path) -> tuple[dict[str, float], list[Row]]:
         found = scores(folder, draw, method)
         for start in STARTS:
             for rate in RATES[method]:
-                result = found[f"{method}-{start}-{rate:g}"]
-                rows.append({"start": start, "learning_rate": rate, "draw": draw} | {s: result[s] for s in SCORES})
+                row = {"start": start, "learning_rate": rate, "draw": draw}
+                rows.append(row | before_and_after(found, method, start, rate))
     best = {}
     for start in STARTS:
-        means = {
-            rate: statistics.mean(r["average_at_k"] for r in rows if (r["start"], r["learning_rate"]) == (start, rate))
-            for rate in RATES[method]
+        tried = {
+            rate: [r for r in rows if (r["start"], r["learning_rate"]) == (start, rate)] for rate in RATES[method]
         }
+        means = {rate: statistics.mean(r["after_average_at_k"] for r in those) for rate, those in tried.items()}
         best[start] = max(means, key=lambda rate: means[rate])
     return best, rows
 
 
 def compare(method: str, best: dict[str, float], folder: Path) -> tuple[list[Row], list[Row]]:
-    """Scores before SFT, after it and after what follows, and the curves, for each start and draw."""
+    """Scores of each start before what follows SFT and after it, and the curves, draw by draw."""
     from trl_qtarget.chain.execute import history
 
     rows, curves = [], []
@@ -151,28 +163,25 @@ def compare(method: str, best: dict[str, float], folder: Path) -> tuple[list[Row
         run_chain(make_chain(method, draw, {start: (rate,) for start, rate in best.items()}, folder, "test"))
         found = scores(folder, draw, method)
         for start, rate in best.items():
-            name = f"{method}-{start}-{rate:g}"
-            before = found["none" if start == "none" else f"sft-{start}"]
-            logged = [row for row in history(folder / f"draw-{draw}/{name}/log.txt") if CURVES[method][0] in row]
+            log = history(folder / f"draw-{draw}/{method}-{start}-{rate:g}/log.txt")
+            logged = [point for point in log if CURVES[method][0] in point]
+            steps = [max(1, number * every) for number in range(len(logged))]  # the first one is always logged
+            updates = [step - last for last, step in pairwise([0, *steps])]  # that a point is the mean of
             pairs = folder / f"draw-{draw}/pairs-{start}/results/pairs.jsonl"
-            row: Row = {"start": start, "draw": draw, "learning_rate": rate, "entropy": logged[0].get("entropy")}
-            row["pairs"] = len(pairs.read_text().splitlines()) if pairs.is_file() else None
-            row |= {
-                f"{when}_{s}": result[s]
-                for when, result in (("before", before), ("after", found[name]))
-                for s in SCORES
-            }
-            rows.append(row)
-            for number, point in enumerate(logged):
-                curves.append(
-                    {"start": start, "draw": draw, "step": max(1, number * every)}
-                    | {key: point.get(key) for key in (CURVES[method][0], "entropy")}
-                )
+            rows.append(
+                {"start": start, "draw": draw, "learning_rate": rate, "entropy": logged[0].get("entropy")}
+                | {ALIKE: statistics.fmean((p[ALIKE] for p in logged), updates) if ALIKE in LOGGED[method] else None}
+                | {"pairs": len(pairs.read_text().splitlines()) if pairs.is_file() else None}
+                | before_and_after(found, method, start, rate)
+            )
+            for step, point in zip(steps, logged, strict=True):
+                row = {"start": start, "draw": draw, "step": step}
+                curves.append(row | {key: point.get(key) for key in LOGGED[method]})
     return rows, curves
 
 
 def table(method: str, rows: list[Row]) -> str:
-    """Markdown: per cent, +- standard error over draws; gains and differences are taken draw by draw."""
+    """Two tables in Markdown: per cent, +- standard error over draws; differences are taken draw by draw."""
     from recipes.quickstart.report import mean_and_error
 
     def column(start: str, key: str, scale: float = 100) -> list[float]:
@@ -181,22 +190,21 @@ def table(method: str, rows: list[Row]) -> str:
     def difference(a: list[float], b: list[float]) -> str:
         return mean_and_error([x - y for x, y in zip(a, b, strict=True)], "+")
 
-    extra = "entropy" if method == "grpo" else "pairs"
-    head = ["SFT before", "rate", extra]
-    head += [f"{s}, {when}" for s in ("Average@16", "greedy", "pass@16") for when in ("before", "after")] + ["gain"]
+    extra, shares = ("entropy", {ALIKE: "all alike"}) if method == "grpo" else ("pairs", {})
+    columns = [f"{when}_{score}" for score in SCORES for when in ("before", "after")]
+    names = [name for score in SCORES.values() for name in (f"{score} before", "after")]
+    head = ["SFT before", f"rate of {method.upper()}", extra, *shares.values(), *names, "gain in Average@16"]
     lines = [head, ["---"] * len(head)]
     for start in STARTS:
-        hand_over = column(start, extra, 1)
         cells = [f"`{start}`", f"{column(start, 'learning_rate', 1)[0]:g}"]
-        cells.append(f"{statistics.mean(hand_over):.3f}" if method == "grpo" else f"{statistics.mean(hand_over):.0f}")
-        cells += [mean_and_error(column(start, f"{when}_{s}")) for s in SCORES for when in ("before", "after")]
+        cells.append(f"{statistics.mean(column(start, extra, 1)):{'.0f' if extra == 'pairs' else '.3f'}}")
+        cells += [mean_and_error(column(start, key)) for key in (*shares, *columns)]
         lines.append([*cells, difference(column(start, "after_average_at_k"), column(start, "before_average_at_k"))])
-    text = "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + "\n"
+    head = ["`target_sft` minus", *names]
+    lines += [[], head, ["---"] * len(head)]
     for other in ("nll", "dft", "none"):
-        for when in ("before", "after"):
-            pair = [column(start, f"{when}_average_at_k") for start in ("target_sft", other)]
-            text += f"\nAverage@16 {when}, target_sft minus {other}: {difference(*pair)}"
-    return text
+        lines.append([f"`{other}`", *(difference(column("target_sft", key), column(other, key)) for key in columns)])
+    return "\n".join("| " + " | ".join(cells) + " |" if cells else "" for cells in lines)
 
 
 def draw_curves(method: str, curves: list[Row], target: Path) -> None:
