@@ -256,7 +256,9 @@ def test_adapters_are_counted_as_peft_makes_them(counted, recipe, tiny_model):
         assert (lora.trained, lora.parameters) == wanted
         assert (lora.frozen_bytes, lora.itemsize, lora.head_trained) == (2 * lora.frozen, 4, False)
     untied = yaml.safe_load(Path(recipe()).read_text())["teacher_model_name_or_path"]
-    saved = counted(model_name_or_path=untied, use_peft=True, lora_modules_to_save=["lm_head"]).student
+    saved = counted(
+        model_name_or_path=untied, use_peft=True, lora_target_modules="all-linear", lora_modules_to_save=["lm_head"]
+    ).student
     assert saved.head_trained
     assert saved.trained > 640 * 48
 
@@ -267,7 +269,7 @@ def test_second_models_are_what_the_trainer_would_make(counted):
     copy = counted(loss="asft", **none)
     assert copy.teacher.weights == 4 * copy.student.trained
     assert copy.teacher.is_reference
-    off = counted(loss="asft", use_peft=True, **none).teacher
+    off = counted(loss="asft", use_peft=True, lora_target_modules="all-linear", **none).teacher
     assert (off.weights, off.stands_apart) == (0, False)
     average = counted(teacher_ema_decay=0.9, dtype="bfloat16", **none)
     assert average.teacher.weights == 4 * average.student.trained
@@ -285,7 +287,8 @@ def test_an_adapter_of_the_students_base_counts_alone(counted, recipe, tmp_path)
     for base in ("model_name_or_path", "teacher_model_name_or_path"):
         config = LoraConfig(r=4, target_modules=["q_proj"], base_model_name_or_path=names[base])
         config.save_pretrained(tmp_path / "adapter")
-        found[base] = counted(use_peft=True, teacher_model_name_or_path=str(tmp_path / "adapter")).teacher
+        adapted = {"use_peft": True, "lora_target_modules": "all-linear"}
+        found[base] = counted(**adapted, teacher_model_name_or_path=str(tmp_path / "adapter")).teacher
     own, other = found.values()
     assert (own.weights, own.stands_apart) == (4 * 2 * 4 * (32 + 32), False)  # two layers, A and B of a square q_proj
     assert (other.weights, other.stands_apart) == (counted().teacher.weights, True)  # merged into a base of its own
@@ -341,7 +344,7 @@ def test_plan_needs_no_gpu_to_plan_for_one(recipe, capsys):
 
 
 def test_plan_advises_where_it_does_not_fit(recipe, capsys):
-    file = recipe(gradient_checkpointing=False)
+    file = recipe(gradient_checkpointing=False, lora_target_modules="all-linear")
     assert main(["plan", "--config", file, "--device_memory", "0.001", "--num_processes", "2"]) == 1
     said = capsys.readouterr().out
     assert "DDP, 2 device(s)" in said
