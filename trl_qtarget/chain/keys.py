@@ -8,6 +8,7 @@ does not throw away hours of training. The chain's own folder is no part of it e
 
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterable, Iterator
@@ -156,9 +157,12 @@ def _content(file: Path) -> bytes:
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The last checkpoint that was written to its end: its trainer state comes last."""
+    """The last checkpoint that was written to its end, and that training goes on from.
+
+    After the last step Trainer would take one more before it looks at max_steps, so that one is left out.
+    """
     numbered = sorted(folder.glob("checkpoint-*"), key=lambda path: _number(path.name))
-    return next((path for path in reversed(numbered) if _is_whole(path)), None)
+    return next((path for path in reversed(numbered) if _goes_on(path)), None)
 
 
 def _number(name: str) -> int:
@@ -166,10 +170,12 @@ def _number(name: str) -> int:
     return int(tail) if tail.isdigit() else -1
 
 
-def _is_whole(checkpoint: Path) -> bool:
-    try:
-        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+def _goes_on(checkpoint: Path) -> bool:
+    try:  # the trainer state is written last
+        state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
+        return False
+    if state.get("global_step", 0) >= state.get("max_steps", math.inf):
         return False
     # without an optimizer it was saved with save_only_model, and training cannot go on from it
     return any(any(checkpoint.glob(name)) for name in ("optimizer*", "global_step*", "pytorch_model_fsdp*"))
