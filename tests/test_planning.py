@@ -2,22 +2,27 @@
 
 import json
 import re
+import runpy
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
+import accelerate
 import pytest
 import torch
 import yaml
 from peft import LoraConfig, get_peft_model
+from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3MoeConfig
 
 import trl_qtarget
 from trl_qtarget import ProjectedLogits, build, qtarget_loss
 from trl_qtarget.advice import advise
 from trl_qtarget.cli import main
+from trl_qtarget.compat import prepare_frozen
 from trl_qtarget.kernels.scratch import KEPT
 from trl_qtarget.planning import Engine, Run, Size, Teacher, parts, peak, totals
 from trl_qtarget.scripts import plan
-from trl_qtarget.scripts.counting import adapted, run_of
+from trl_qtarget.scripts.counting import adapted, run_of, size_of
 from trl_qtarget.scripts.launching import launched_as
 
 
@@ -62,6 +67,14 @@ def test_what_an_engine_leaves_of_weights_gradients_and_state(engine, half, expe
 def test_gradients_of_micro_batches_before_are_there_in_the_next():
     assert part(PLAIN, "gradients").loss == 0
     assert part(replace(PLAIN, accumulation=2), "gradients").loss == 4 * N
+
+
+def test_fsdp_keeps_gradients_whole_until_the_last_micro_batch():
+    run = replace(PLAIN, engine=Engine("FSDP", 4), half=True, accumulation=2)
+    p = part(run, "gradients")
+    assert (p.loss, p.update, p.estimated) == (2 * N, 2 * N, True)
+    assert part(replace(run, half=False), "gradients").loss == 4 * N
+    assert part(replace(run, engine=Engine("ZeRO-3", 4)), "gradients").loss == N / 2
 
 
 def test_the_heads_gradient_is_float32_and_waits_for_the_embeddings():
@@ -113,6 +126,31 @@ def test_what_is_not_exact_says_so():
     assert part(replace(PLAIN, engine=Engine("DDP", 2)), "engine's buffers").update == 4 * N
 
 
+def test_the_page_counts_a_model_as_the_plan_does():
+    config = Qwen2Config(
+        vocab_size=640, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, tie_word_embeddings=False,
+    )  # fmt: skip
+    made = runpy.run_path(str(ROOT / "recipes/accelerate/cost.py"))
+    assert made["qwen"](64, 2, 96, 4, 2, rows=640) == size_of(Qwen2ForCausalLM(config), itemsize=2)
+
+
+@pytest.mark.parametrize(
+    ("engine", "accumulation", "expected"),
+    [
+        ("DDP", 1, 20), ("DDP", 2, 22), ("ZeRO-2", 2, 2 + 18 / 8), ("ZeRO-3", 2, 20 / 8),
+        ("FSDP", 1, 16 / 8), ("FSDP", 2, 2 + 12 / 8),
+    ],
+)  # fmt: skip
+def test_bytes_a_parameter_are_those_of_the_page(engine, accumulation, expected):
+    n = 10**13  # beside which nothing else counts
+    student = replace(STUDENT, trained=n, linear=n)
+    found = parts(replace(PLAIN, student=student, engine=Engine(engine, 8), accumulation=accumulation, half=True,
+                          checkpointing=True))  # fmt: skip
+    held = [p for p in found if p.name != "gathered weights"]
+    assert max(sum(getattr(p, m) for p in held) for m in ("loss", "update")) / n == pytest.approx(expected, rel=1e-3)
+
+
 # What to change
 
 
@@ -122,14 +160,36 @@ def test_advice_is_in_order_and_says_what_the_arithmetic_says():
     limit = 2**30 + 2 * N
     found = advise(run, limit)
     names = [advice.change for advice in found]
-    order = ["gradient_checkpointing", "teacher_cache", "teacher_model_init_kwargs", "teacher_offload", "use_peft"]
-    assert [n.partition(":")[0] for n in names][:5] == order
+    order = [
+        "gradient_checkpointing", "teacher_cache", "teacher_model_init_kwargs", "teacher_offload",
+        "per_device_train_batch_size", "qtarget_chunk_size", "use_peft",
+    ]  # fmt: skip
+    assert [n.partition(":")[0] for n in names] == order
     assert found[0].saves == peak(run) - peak(replace(run, checkpointing=True))
     assert found[1].left == peak(replace(run, checkpointing=True, teacher=None, cached_ids=64))
     left = [advice.left for advice in found if advice.left is not None]
     assert left == sorted(left, reverse=True)
     assert all(advice.saves > 0 for advice in found)
     assert advise(run, 2**40)[0].left is None  # it fits as it is
+
+
+def test_what_trains_the_same_is_advised_before_lora_and_that_before_more_devices():
+    full = replace(STUDENT, trained=10**10)
+    lora = replace(full, frozen=10**10, trained=1_000, frozen_bytes=4 * 10**10, head_trained=False)
+    run = replace(PLAIN, student=full, engine=Engine("DDP", 4), rows=1, half=True, with_lora=lora)
+    names = [advice.change for advice in advise(run, 0)]
+    shared, adapters, more = (
+        next(i for i, n in enumerate(names) if n.startswith(start))
+        for start in ("ZeRO-3 (or FSDP2) on 4 devices", "use_peft", "ZeRO-3 (or FSDP2) on 1024")
+    )
+    assert shared < adapters < more
+
+
+def test_fsdp_is_left_for_zero3_where_it_would_keep_gradients_whole():
+    run = replace(PLAIN, engine=Engine("FSDP", 8), student=replace(STUDENT, trained=10**10), rows=1, half=True)
+    for accumulation, change in ((1, "FSDP on 1024 devices"), (2, "ZeRO-3 on 8 devices")):
+        names = [advice.change for advice in advise(replace(run, accumulation=accumulation), 0)]
+        assert next(n for n in names if n.endswith("devices")) == change
 
 
 def test_what_an_engine_or_a_teacher_does_not_allow_is_not_advised():
@@ -249,6 +309,16 @@ def test_a_deepspeed_file_is_read(counted, tmp_path):
     assert found == Engine("ZeRO-2", 4, offloads_states=True)
 
 
+@pytest.mark.parametrize(
+    "zero", [{"stage": 3, "offload_param": None}, {"stage": "3"}, {"stage": "auto"}, {"offload_param": {}}, None]
+)
+def test_a_deepspeed_file_may_leave_things_open(counted, tmp_path, zero):
+    file = tmp_path / "ds.json"
+    file.write_text(json.dumps({"zero_optimization": zero}))
+    found = counted(use_deepspeed=True, deepspeed_config_file=str(file), num_processes=4, zero_stage=3).engine
+    assert found == Engine("ZeRO-3", 4)
+
+
 # The command
 
 
@@ -258,8 +328,9 @@ def test_plan_says_what_each_part_takes(recipe, counted, capsys):
     assert "~ activations" in said
     assert "  teacher: weights" in said or "\nteacher: weights" in said
     assert "--device_memory 80" in said
-    (shown,) = re.findall(r"Peak: ([\d.]+) GiB", said)
-    assert float(shown) == pytest.approx(max(totals(counted()).values()) / 2**30, abs=0.01)
+    (shown,) = re.findall(r"Peak: ([\d.]+) MiB", said)  # GiB would show none of its parts
+    assert float(shown) == pytest.approx(max(totals(counted()).values()) / 2**20, abs=0.01)
+    assert re.search(r"\nweights +0\.[1-9]", said)
 
 
 def test_plan_needs_no_gpu_to_plan_for_one(recipe, capsys):
@@ -276,6 +347,50 @@ def test_plan_advises_where_it_does_not_fit(recipe, capsys):
     assert "DDP, 2 device(s)" in said
     assert "too much" in said
     assert said.index("gradient_checkpointing: true") < said.index("teacher_cache") < said.index("use_peft: true")
+
+
+def test_plan_advises_where_peft_does_not_know_the_architecture(recipe, capsys, tmp_path):
+    Qwen3MoeConfig(
+        vocab_size=640, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        moe_intermediate_size=16, num_experts=4, architectures=["Qwen3MoeForCausalLM"],
+    ).save_pretrained(tmp_path / "moe")  # fmt: skip
+    file = recipe(model_name_or_path=str(tmp_path / "moe"), gradient_checkpointing=False)
+    assert main(["plan", "--config", file, "--device_memory", "0.001"]) == 1
+    said = capsys.readouterr().out
+    assert "gradient_checkpointing: true" in said
+    assert "use_peft" not in said
+
+
+def test_plan_needs_no_cache_to_plan_with_one(recipe, capsys, tmp_path):
+    folder = tmp_path / "runs" / "cache"
+    file = recipe(teacher_cache=str(folder))
+    assert main(["plan", "--config", file]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "is not here: counted with K = 64 ids a label" in said
+    folder.mkdir(parents=True)
+    with pytest.raises(SystemExit):
+        main(["plan", "--config", file])
+    assert "holds no cache" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ({"zero_optimization": {"stage": "x"}}, "zero_optimization.stage must be 0, 1, 2 or 3, got 'x'."),
+        ({"zero_optimization": {"stage": 4}}, "zero_optimization.stage must be 0, 1, 2 or 3, got 4."),
+        ({"zero_optimization": {"offload_param": "cpu"}}, "offload_param must be an object {...}, got 'cpu'."),
+        (["stage"], "must be an object {...}, got ['stage']."),
+    ],
+)
+def test_plan_names_file_and_key_that_deepspeed_would_not_take(recipe, capsys, tmp_path, content, said):
+    file = tmp_path / "ds.json"
+    file.write_text(json.dumps(content))
+    with pytest.raises(SystemExit) as stop:
+        main(["plan", "--config", recipe(), "--use_deepspeed", "--deepspeed_config_file", str(file)])
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith(f"trl-qtarget plan: DeepSpeed's configuration {file}")
+    assert line.endswith(said)
 
 
 @pytest.mark.parametrize(
@@ -297,6 +412,35 @@ def test_plan_refuses_in_a_sentence(recipe, capsys, changes, words, said):
     assert stop.value.code == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith(f"trl-qtarget plan: {said}")
+
+
+# What FSDP wraps of a frozen model
+
+
+@pytest.mark.parametrize(
+    ("named", "wrapped"),
+    [
+        (None, None),
+        (["Qwen3DecoderLayer"], ["Qwen3DecoderLayer"]),
+        (["Qwen3MLP", "Qwen3Attention"], ["Qwen3MLP", "Qwen3Attention"]),  # a user's, finer than the model's own
+        (["LlamaDecoderLayer"], None),  # of another family: the model's own
+        (["LlamaDecoderLayer", "Embedding"], ["Embedding", "Qwen3DecoderLayer"]),
+    ],
+)
+def test_a_frozen_model_is_wrapped_as_named_where_it_has_the_layers(monkeypatch, tiny_model, named, wrapped):
+    plugin = SimpleNamespace(transformer_cls_names_to_wrap=named, fsdp_version=2)
+    accelerator = SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin))
+    seen = []
+
+    def shard(accelerator, model):
+        seen.append(accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap)
+        return model
+
+    monkeypatch.setattr(accelerate.utils, "fsdp2_prepare_model", shard)
+    prepare_frozen(tiny_model(), accelerator)
+    assert seen == [wrapped]
+    assert accelerator.state.fsdp_plugin is plugin
+    assert plugin.transformer_cls_names_to_wrap == named
 
 
 @pytest.mark.slow

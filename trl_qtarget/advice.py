@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from .kernels.chunked import ROW_MULTIPLE
-from .planning import Run, peak
+from .planning import Engine, Run, peak
 
 
 MOST_PROCESSES = 1024  # that are recommended
@@ -73,6 +73,14 @@ def _teacher_rows(run: Run, limit: float) -> Changed:
     return "teacher_batch_size: 1", replace(run, teacher=replace(t, rows=1))
 
 
+def _shard(run: Run, limit: float) -> Changed:
+    """All weights shared out over the processes there are."""
+    engine = run.engine
+    if engine.processes == 1 or _sharded(run).name == engine.name:
+        return None
+    return _spread(run, limit, engine.processes, engine.processes)
+
+
 def _lora(run: Run, limit: float) -> Changed:
     """A reference is then the base weights; what a student remembers of itself, its adapters."""
     if run.with_lora is None:
@@ -85,22 +93,32 @@ def _lora(run: Run, limit: float) -> Changed:
     return "use_peft: true", replace(run, student=run.with_lora, teacher=t, with_lora=None)
 
 
-def _shard(run: Run, limit: float) -> Changed:
-    """All weights shared out over the processes there are or, if that is not enough, over twice as many, and so on."""
-    own, t = run.engine.processes, run.teacher
+def _more_devices(run: Run, limit: float) -> Changed:
+    """All weights shared out over twice as many processes or, if that is not enough, over four times, and so on."""
+    return _spread(run, limit, 2 * run.engine.processes, MOST_PROCESSES)
+
+
+def _sharded(run: Run) -> Engine:
+    """FSDP stays where it is; but over several micro-batches it keeps gradients whole, and ZeRO-3 does not."""
+    if run.engine.name == "FSDP" and run.accumulation == 1:
+        return run.engine
+    return replace(run.engine, name="ZeRO-3", keeps_weights=False)
+
+
+def _spread(run: Run, limit: float, least: int, most: int) -> Changed:
+    t, engine = run.teacher, _sharded(run)
     if t is not None and not t.stands_apart and t.weights:
         return None  # what a student remembers of itself is not shared out
-    name = run.engine.name if run.engine.stage == 3 else "ZeRO-3"
     whole = None if t is None else replace(t, offloaded=False)
     runs = []
-    n = own if own > 1 and run.engine.stage < 3 else 2 * own
-    while n <= MOST_PROCESSES:
-        runs.append(replace(run, engine=replace(run.engine, name=name, processes=n), teacher=whole))
-        n *= 2
+    while least <= most:
+        runs.append(replace(run, engine=replace(engine, processes=least), teacher=whole))
+        least *= 2
     if not runs:
         return None
     best = next((r for r in runs if peak(r) <= limit), runs[-1])
-    return f"{name} (or FSDP2) on {best.engine.processes} devices", best
+    either = " (or FSDP2)" if engine.name == "ZeRO-3" and run.accumulation == 1 else ""
+    return f"{engine.name}{either} on {best.engine.processes} devices", best
 
 
 def _micro_batch(run: Run, limit: float) -> Changed:
@@ -117,6 +135,7 @@ def _chunk(run: Run, limit: float) -> Changed:
     return f"qtarget_chunk_size: {size}", replace(run, chunk_size=size)
 
 
-CHANGES: tuple[Callable[[Run, float], Changed], ...] = (
-    _checkpoint, _cache, _teacher_half, _teacher_offload, _teacher_rows, _lora, _shard, _micro_batch, _chunk,
+CHANGES: tuple[Callable[[Run, float], Changed], ...] = (  # first what trains the same on the same devices
+    _checkpoint, _cache, _teacher_half, _teacher_offload, _teacher_rows, _shard, _micro_batch, _chunk,
+    _lora, _more_devices,
 )  # fmt: skip

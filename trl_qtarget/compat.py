@@ -285,11 +285,17 @@ def prepare_frozen(model: Any, accelerator: Any, placed: bool = True) -> Any:
 def _shard_frozen(model: Any, accelerator: Any) -> Any:
     """FSDP2 by accelerate, which hands weights on where only the first process has read them (TRL's own does not).
 
-    The layers that are wrapped are the frozen model's own: it may be of another family than the trained one.
+    It may be of another family than the trained one: of the layers named for that, those are wrapped that it has, and
+    where it lacks any, its own.
     """
     plugin = accelerator.state.fsdp_plugin
+    named = plugin.transformer_cls_names_to_wrap or ()
+    there = {type(module).__name__ for module in model.modules()}
+    wrapped = [name for name in named if name in there]
+    if wrapped and len(wrapped) < len(named):
+        wrapped += getattr(model, "_no_split_modules", None) or ()
     accelerator.state.fsdp_plugin = copy.copy(plugin)
-    accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = None
+    accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = wrapped or None
     try:
         return find("accelerate.utils:fsdp2_prepare_model")(accelerator, model)
     finally:

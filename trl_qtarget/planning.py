@@ -188,8 +188,12 @@ def _weights(run: Run) -> float:
 
 
 def _gradients(run: Run) -> Part:
-    size = run.engine.share(run.student.trained * run.itemsize, 2)
-    before = size if run.accumulation > 1 else 0  # those of the micro-batches before
+    """FSDP shares them out in the last micro-batch only; `no_sync` leaves them whole, in the type it computes in."""
+    trained, accumulates = run.student.trained, run.accumulation > 1
+    size = run.engine.share(trained * run.itemsize, 2)
+    if accumulates and run.engine.name == "FSDP":
+        return _throughout("gradients", max(trained * run.compute, size), estimated=True)
+    before = size if accumulates else 0  # those of the micro-batches before
     return Part("gradients", before, before, size)
 
 

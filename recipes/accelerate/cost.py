@@ -1,57 +1,67 @@
-"""What a step costs as devices are added, by the formulas of README.md, whose tables this writes.
+"""What a step costs as devices are added: memory as `trl-qtarget plan` counts it, the rest by README.md's formulas.
 
-Nothing here is measured.
+Writes the tables of README.md. Nothing here is measured.
 """
 
 import re
-from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
+
+from trl_qtarget.planning import Engine, Run, Size, Teacher, parts, peak, totals
 
 
 README = Path(__file__).with_name("README.md")
 TABLES = re.compile(r"(<!-- cost:[^\n]*-->\n).*(<!-- /cost -->)", re.DOTALL)
 G = 1e9
+V = 152_064
+ENGINES = {"ddp": "DDP", "zero2": "ZeRO-2", "zero3": "ZeRO-3", "fsdp2": "FSDP"}  # profile, and its name in the plan
 
 
-@dataclass(frozen=True)
-class Model:
-    parameters: float  # N
-    width: int  # D
-    layers: int  # L
-    vocabulary: int = 152_064  # V
+def qwen(width: int, layers: int, inner: int, heads: int, kv_heads: int, rows: int = V, itemsize: int = 2) -> Size:
+    """Sizes of a Qwen2.5 with a head of its own, from the numbers of its configuration."""
+    D, kv = width, width // heads * kv_heads
+    linear = layers * (2 * D * D + 2 * D * kv + 3 * D * inner)
+    biases_and_norms = layers * (D + 2 * kv + 2 * D) + D
+    return Size(
+        frozen=0, trained=2 * rows * D + linear + biases_and_norms, linear=linear, rows=rows, width=D, layers=layers,
+        inner=4 * D + 2 * kv + 4 * inner, frozen_bytes=0, itemsize=itemsize,
+    )  # fmt: skip
 
-    @property
-    def head(self) -> int:
-        return self.vocabulary * self.width
 
-
-STUDENT, TEACHER = Model(7.6e9, 3584, 28), Model(32.8e9, 5120, 64)  # Qwen2.5-7B and -32B
+STUDENT, TEACHER = qwen(3584, 28, 18_944, 28, 4, itemsize=4), qwen(5120, 64, 27_648, 40, 8)  # Qwen2.5-7B and -32B
 TOKENS = 2**20  # of a step, over all devices
-MICRO = 2**14  # of one device at a time, t
+ROWS, ROW_TOKENS = 4, 4096  # of one device at a time
+MICRO = ROWS * ROW_TOKENS  # t
 SPEED = 0.4 * 989e12  # FLOP/s of a device: 40% of an H100's bfloat16 peak
 NODE, NETWORK = 400 * G, 50 * G  # bytes/s of a device, within eight of them and beyond
 K = 64
 GPU_HOUR, GB_MONTH = 2.0, 0.02  # prices
 
 
+def micro_batches(devices: int) -> int:
+    return TOKENS // (devices * MICRO)
+
+
 def traffic(devices: int, engine: str, teacher: bool) -> float:
     """Bytes that a device sends in a step."""
-    share, micro_batches = (devices - 1) / devices, TOKENS / (devices * MICRO)
-    if engine == "zero2":
-        return (micro_batches + 1) * 2 * STUDENT.parameters * share
-    return micro_batches * (6 * STUDENT.parameters + (2 * TEACHER.parameters if teacher else 0)) * share
+    n, times, share = STUDENT.parameters, micro_batches(devices), (devices - 1) / devices
+    taught = 2 * TEACHER.parameters if teacher else 0
+    sent = {
+        "ddp": 8 * n,
+        "zero2": (times + 1) * 2 * n,
+        "zero3": times * (6 * n + taught),
+        "fsdp2": times * (4 * n + taught) + 2 * n,
+    }
+    return sent[engine] * share
 
 
-def memory(devices: int, engine: str, teacher: bool) -> float:
-    """Bytes that a device holds at its peak."""
-    n = STUDENT.parameters
-    states = 16 * n / devices if engine == "zero3" else 2 * n + 14 * n / devices
-    activations = (2 * STUDENT.layers + 34) * MICRO * STUDENT.width
-    whole = (4 + (2 if engine == "zero3" else 0)) * STUDENT.head
-    other = 0.0
-    if teacher:
-        other = 2 * TEACHER.parameters / devices + 2 * TEACHER.head if engine == "zero3" else 2 * TEACHER.parameters
-    return states + activations + whole + other
+def run(devices: int, engine: str, teacher: bool) -> Run:
+    """What `trl-qtarget plan` would make of such a recipe."""
+    within = Teacher(TEACHER, 2 * TEACHER.parameters, itemsize=2) if teacher else None
+    return Run(
+        STUDENT, ROWS, ROW_TOKENS, Engine(ENGINES[engine], devices), micro_batches(devices), teacher=within,
+        cached_ids=0 if teacher else K,
+    )  # fmt: skip
 
 
 def seconds(devices: int, engine: str, teacher: bool) -> tuple[float, float]:
@@ -61,14 +71,31 @@ def seconds(devices: int, engine: str, teacher: bool) -> tuple[float, float]:
     return flops * TOKENS / devices / SPEED, traffic(devices, engine, teacher) / rate
 
 
+def of_parts(devices: int) -> list[str]:
+    """Everything that a device holds at its peak, engine by engine."""
+    found = []
+    for engine in ENGINES:
+        planned = run(devices, engine, teacher=False)
+        bytes_at = totals(planned)
+        moment = max(bytes_at, key=lambda name: bytes_at[name])
+        held = {part.name: getattr(part, moment) for part in parts(planned)}
+        found.append({**held, "together": bytes_at[moment]})
+    names = list(dict.fromkeys(name for held in found for name in held if name != "together"))
+    rows = [f"| GB on each of {devices}, teacher cached | {' | '.join(ENGINES)} |", "|---|" + "---|" * len(ENGINES)]
+    for name in [*names, "together"]:
+        rows.append(f"| {name} | " + " | ".join(f"{held.get(name, 0) / G:.1f}" for held in found) + " |")
+    return rows
+
+
 def tables() -> str:
-    rows = ["| devices | engine | teacher | memory a device | sent a device and step | products | sending |"]
+    rows = [*of_parts(8), ""]
+    rows += ["| devices | engine | teacher | memory a device | sent a device and step | products | sending |"]
     rows.append("|---|---|---|---|---|---|---|")
     for devices in (8, 16, 32, 64):
-        for engine, teacher in (("zero3", True), ("zero3", False), ("zero2", True), ("zero2", False)):
+        for engine, teacher in product(("zero3", "fsdp2", "zero2"), (True, False)):
             compute, sending = seconds(devices, engine, teacher)
             where = "in process" if teacher else "cached"
-            held, sent = memory(devices, engine, teacher) / G, traffic(devices, engine, teacher) / G
+            held, sent = peak(run(devices, engine, teacher)) / G, traffic(devices, engine, teacher) / G
             sizes, times = f"{held:.0f} GB | {sent:.0f} GB", f"{compute:.1f} s | {sending:.1f} s"
             rows.append(f"| {devices} | {engine} | {where} | {sizes} | {times} |")
     label = 6 * K + 12

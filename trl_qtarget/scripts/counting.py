@@ -10,6 +10,7 @@ from peft import PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from trl import get_peft_config
 
+from trl_qtarget.advice import CACHED_IDS
 from trl_qtarget.planning import Engine, Run, Size, Teacher
 from trl_qtarget.target import Target
 from trl_qtarget.teachers.loading import adapter_config, base_model, shares_base
@@ -17,7 +18,6 @@ from trl_qtarget.teachers.shards import read_manifest
 
 
 QUANTIZED = {"load_in_4bit": 0.5 + 4 / 64, "load_in_8bit": 1.0}  # bytes of a weight, with a scale for every 64
-CACHED_IDS = 64  # of a cache that is not here
 
 
 def run_of(script_args, training_args, model_args, dataset_args, plan_args, engine: Engine) -> Run:
@@ -54,10 +54,13 @@ def run_of(script_args, training_args, model_args, dataset_args, plan_args, engi
 
 
 def adapted(run: Run, script_args, training_args, model_args, *_: Any) -> Run:
-    """The same, knowing what adapters would make of it."""
+    """The same, knowing what adapters would make of it, where PEFT knows where to put them."""
     if model_args.use_peft:
         return run
-    model = with_adapters(model_args, training_args)
+    try:
+        model = with_adapters(model_args, training_args)
+    except ValueError:  # no `target_modules` for this architecture
+        return run
     return replace(run, with_lora=size_of(model, run.student.itemsize, _quantized(model_args)))
 
 
@@ -179,7 +182,7 @@ def _teacher(args: Any, target: Target, student: Size, model: Any, itemsize: int
 
 
 def _cached_ids(args: Any) -> int:
-    """K of the cache, None of a teacher in the process."""
+    """K of the cache, or its default while there is no cache; 0 of a teacher in the process."""
     if args.teacher_cache is None:
         return 0
     folder = Path(args.teacher_cache)

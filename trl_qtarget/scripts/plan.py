@@ -9,6 +9,7 @@ It takes what `trl-qtarget sft` takes, accelerate's options included. Where the 
 change, and exits with 1.
 """
 
+import copy
 import json
 from argparse import Namespace
 from dataclasses import dataclass, field
@@ -64,10 +65,19 @@ def make_parser(prog: str | None = None) -> StrictParser:
 
 
 def mistakes(script_args, training_args, model_args, dataset_args, plan_args) -> list[str]:
-    found = no_models(training_args, model_args)
+    given = copy.copy(training_args)
+    if missing_cache(given) is not None:
+        given.teacher_cache = "to-be-made"  # as one of the Hub, it need not be here to be planned with
+    found = no_models(given, model_args)
     if plan_args.row_tokens is None and training_args.max_length is None:
         found.append("max_length is not set, so nothing says how long a row is: pass --row_tokens")
     return found
+
+
+def missing_cache(training_args: TargetSFTConfig) -> str | None:
+    """The cache that is not on this machine; a folder without a manifest is another mistake."""
+    name = training_args.teacher_cache
+    return None if name is None or Path(name).is_dir() else name
 
 
 def main(parsed: Parsed) -> int:
@@ -83,6 +93,11 @@ def main(parsed: Parsed) -> int:
     run = run_of(*parsed.values, engine=engine_of(launched_as(parsed.launch), training_args))
     limit = _device_memory(plan_args, training_args)
     show(run, limit)
+    if run.cached_ids and missing_cache(training_args) is not None:
+        console.print(
+            f"The cache {training_args.teacher_cache} is not here: counted with K = {run.cached_ids} ids a label, as "
+            "`trl-qtarget cache` keeps them if not told otherwise."
+        )
     if limit is None or peak(run) <= limit:
         return 0
     recommend(adapted(run, *parsed.values), limit)
@@ -109,20 +124,32 @@ def engine_of(options: Namespace, training_args: Any) -> Engine:
 
 def _deepspeed(options: Namespace, training_args: Any, processes: int) -> Engine:
     given = training_args.deepspeed or options.deepspeed_config_file
+    what = f"DeepSpeed's configuration {given if isinstance(given, str) else 'in the recipe'}"
     if isinstance(given, str):
         try:
             given = json.loads(Path(given).read_text())
-        except (OSError, json.JSONDecodeError) as error:
-            raise ValueError(f"DeepSpeed's configuration {given} cannot be read ({error}).") from None
-    zero = given.get("zero_optimization", {}) if given else {}
-    stage = zero.get("stage", 2 if options.zero_stage is None else options.zero_stage)
-    devices = [
-        zero.get(f"offload_{kind}", {}).get("device") or getattr(options, f"offload_{kind}_device")
-        for kind in ("param", "optimizer")
-    ]
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{what} cannot be read ({error}).") from None
+    zero = _object(_object(given, what).get("zero_optimization"), f"{what}: zero_optimization")
+    stage = zero.get("stage", "auto")
+    if stage == "auto":
+        stage = 2 if options.zero_stage is None else options.zero_stage
+    if str(stage) not in ("0", "1", "2", "3"):
+        raise ValueError(f"{what}: zero_optimization.stage must be 0, 1, 2 or 3, got {stage!r}.")
+    devices = []
+    for key in ("offload_param", "offload_optimizer"):
+        device = _object(zero.get(key), f"{what}: zero_optimization.{key}").get("device", "auto")
+        devices.append(getattr(options, f"{key}_device") if device == "auto" else device)
     weights, states = (device in ("cpu", "nvme") for device in devices)
     name = f"ZeRO-{stage}" if int(stage) else "DDP"
     return Engine(name, processes, offloads_weights=weights, offloads_states=states)
+
+
+def _object(found: Any, where: str) -> dict[str, Any]:
+    """A JSON object; null, and nothing, are an empty one."""
+    if not isinstance(found or {}, dict):
+        raise ValueError(f"{where} must be an object {{...}}, got {found!r}.")
+    return found or {}
 
 
 def _device_memory(plan_args: PlanArguments, training_args: Any) -> float | None:
@@ -139,6 +166,7 @@ def _device_memory(plan_args: PlanArguments, training_args: Any) -> float | None
 def show(run: Run, limit: float | None) -> None:
     """The prediction, part by part."""
     kind = "half precision" if run.half else "float32"
+    unit, name = unit_of(run)
     console.print(
         f"{run.engine.name}, {run.engine.processes} device(s), each {run.rows} x {run.row_tokens} tokens at a time, "
         f"{run.accumulation} time(s) a step, in {kind}; {run.student.trained:,} of {run.student.parameters:,} "
@@ -146,29 +174,35 @@ def show(run: Run, limit: float | None) -> None:
     )
     moments = MOMENTS if run.teacher is not None else MOMENTS[1:]
     titles = {"teacher": "teacher's forward", "loss": "loss", "update": "after backward"}
-    table = Table("GiB of one device", box=None, pad_edge=False)
+    table = Table(f"{name} of one device", box=None, pad_edge=False)
     for moment in moments:
         table.add_column(titles[moment], justify="right")
     for part in parts(run):
         mark = "~ " if part.estimated else ""
-        table.add_row(mark + part.name, *(f"{getattr(part, moment) / GIB:.2f}" for moment in moments))
+        table.add_row(mark + part.name, *(f"{getattr(part, moment) / unit:.2f}" for moment in moments))
     table.add_section()
-    table.add_row("together", *(f"{totals(run)[moment] / GIB:.2f}" for moment in moments))
+    table.add_row("together", *(f"{totals(run)[moment] / unit:.2f}" for moment in moments))
     console.print(table)
     console.print("~ is an estimate: formulas for usual decoders, what engines reserve, what allocators lose.")
     if limit is None:
         verdict = "; compare it with that of a device: --device_memory 80"
     elif peak(run) <= limit:
-        verdict = f" of {limit / GIB:.2f} GiB: it fits"
+        verdict = f" of {limit / unit:.2f} {name}: it fits"
     else:
-        verdict = f" of {limit / GIB:.2f} GiB: {(peak(run) - limit) / GIB:.2f} GiB too much"
-    console.print(f"Peak: {peak(run) / GIB:.2f} GiB{verdict}")
+        verdict = f" of {limit / unit:.2f} {name}: {(peak(run) - limit) / unit:.2f} {name} too much"
+    console.print(f"Peak: {peak(run) / unit:.2f} {name}{verdict}")
+
+
+def unit_of(run: Run) -> tuple[int, str]:
+    """MiB where GiB would round all parts to nothing."""
+    return (GIB, "GiB") if peak(run) >= GIB else (2**20, "MiB")
 
 
 def recommend(run: Run, limit: float) -> None:
     """What to change, and what that saves."""
-    table = Table("change, in this order", "saves alone", "peak with those above", box=None, pad_edge=False)
+    unit, name = unit_of(run)
+    table = Table("change, in this order", f"{name} saved alone", "peak with those above", box=None, pad_edge=False)
     for advice in advise(run, limit):
-        left = "" if advice.left is None else f"{advice.left / GIB:.2f}" + (" fits" if advice.left <= limit else "")
-        table.add_row(advice.change, f"{advice.saves / GIB:.2f}", left)
+        left = "" if advice.left is None else f"{advice.left / unit:.2f}" + (" fits" if advice.left <= limit else "")
+        table.add_row(advice.change, f"{advice.saves / unit:.2f}", left)
     console.print(table)
