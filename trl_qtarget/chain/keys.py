@@ -11,8 +11,11 @@ import json
 import math
 import os
 import shutil
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
+from importlib.machinery import PathFinder
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,7 @@ from .plan import Stage, plain
 
 WHOLE = 16 * 2**20  # bytes: files up to here are read, larger ones are told apart by size and time
 RECORD = "stage.json"
+FUNCTIONS = ("reward_funcs", "loss", "verifier")  # settings that may name a function of a module
 
 
 @dataclass
@@ -33,6 +37,7 @@ class Record:
     seconds: float = 0.0  # over all attempts
     attempts: int = 0
     metric: str = ""
+    words: list[str] = field(default_factory=list)  # of its command, beside its YAML file
     versions: dict[str, str] = field(default_factory=dict)
 
     def save(self, folder: Path) -> None:
@@ -74,6 +79,9 @@ def _key(stage: Stage, outputs: dict[str, str], known: dict[str, str]) -> str:
     settings = {key: plain(node) for key, node in stage.settings.items() if key not in own}
     texts = sorted(set(_texts(settings)))
     local = {text: _fingerprint(text) for text in texts if not any(_inside(text, path) for path in outputs.values())}
+    for text in _texts([settings.get(key) for key in FUNCTIONS]):
+        file = None if local.get(text) else _module_file(text)
+        local |= {text: _digest([file])} if file else {}
     content = [
         stage.command,
         _relocated(settings, {path: known[name] for name, path in outputs.items()}),
@@ -124,6 +132,26 @@ def _fingerprint(text: str) -> str | None:
     if any(sign in text for sign in "*?["):
         found += sorted(Path().glob(text)) if not os.path.isabs(text) else sorted(Path("/").glob(text[1:]))
     return _digest(found) if found else None
+
+
+def _module_file(text: str) -> Path | None:
+    """Where the module of `module.function` or `module:function` lies. Nothing is imported, so parents are searched.
+
+    Installed packages are none of ours: their versions are no part of the key.
+    """
+    name = text.partition(":")[0] if ":" in text else text.rpartition(".")[0]
+    if not name:
+        return None  # one of ours or TRL's
+    found, folders, parts = None, [str(Path.cwd()), *sys.path], name.split(".")
+    try:
+        for depth in range(1, len(parts) + 1):
+            whole = ".".join(parts[:depth])
+            found = PathFinder.find_spec(whole, folders) or (find_spec(whole) if depth == 1 else None)
+            folders = list(found.submodule_search_locations or []) if found else []
+    except (ImportError, AttributeError, ValueError, KeyError):  # names that are none, namespaces within namespaces
+        return None
+    file = Path(found.origin) if found and found.has_location and found.origin else None
+    return None if file is None or {"site-packages", "dist-packages"} & {*file.parts} or not file.is_file() else file
 
 
 def _is_input(path: Path) -> bool:
