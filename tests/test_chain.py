@@ -624,6 +624,9 @@ def test_history_counts_repeated_steps_once(tmp_path):
     rows = [{"loss": i, "epoch": i} for i in (1, 2, 3)] + [{"loss": 20, "epoch": 2}, {"loss": 30, "epoch": 3}]
     (tmp_path / "log.txt").write_text("\n".join(map(str, rows)))
     assert [row["loss"] for row in execute.history(tmp_path / "log.txt")] == [1, 20, 30]
+    ending = [{"eval_loss": 3, "epoch": 3}, {"train_loss": 2, "epoch": 3}]  # a training that had come to its end
+    (tmp_path / "log.txt").write_text("\n".join(map(str, [*rows, *ending, rows[-1], *ending])))
+    assert execute.history(tmp_path / "log.txt") == [rows[0], *rows[-2:], *ending]
 
 
 # The page
