@@ -130,6 +130,7 @@ def test_a_chain_is_ordinary_commands(chain, started, capsys):
     shown = capsys.readouterr().out
     assert "[3/4] dpo" in shown
     assert "reward -1.5" in shown
+    assert keys.record(Path("runs/sft")).metric == "nll 2.5"  # of the last of two rows
 
 
 def test_dry_run_shows_the_plan_and_writes_nothing(chain, started, capsys):
@@ -138,6 +139,26 @@ def test_dry_run_shows_the_plan_and_writes_nothing(chain, started, capsys):
     assert ["dpo", "dpo", "sft-merge", "runs/dpo/model", "runs"] in shown
     assert not started
     assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("grpo", "why"),
+    [
+        ({}, "with beta 0 nothing of a reference is logged"),
+        ({"beta": 0.1, "logging_first_step": False, "logging_steps": 2}, "logging_first_step is false"),
+        ({"command": "rloo", "step0_tolerance": "null"}, "step0_tolerance is null"),
+        ({"command": "rloo"}, None),
+        ({"beta": 0.1}, None),
+    ],
+)
+def test_says_that_step0_is_not_checked(chain, started, capsys, grpo, why):
+    config = Path(chain(grpo=grpo))
+    config.write_text(config.read_text().replace("'null'", "null"))
+    started.log = LOG | {"rloo": LOG["grpo"]}
+    for words in (["--dry_run"], []):
+        assert main(["chain", "--config", str(config), *words]) == 0
+        said = [line for line in capsys.readouterr().out.splitlines() if "step 0 is not checked" in line]
+        assert [line.rpartition("step 0 is not checked: ")[2].strip() for line in said] == [why] * (why is not None)
 
 
 def test_references_and_words(chain, started):
@@ -152,6 +173,12 @@ def test_references_and_words(chain, started):
     assert settings["eval_strategy"] == "no"
     assert settings["num_processes"] == "2"
     assert started[2] == ["dpo", "--config", "runs/dpo/stage.yaml", "--multi_gpu"]
+    for _ in range(2):  # when it runs, and when it was done before
+        assert (
+            "<code>trl-qtarget dpo --config runs/dpo/stage.yaml --multi_gpu</code>"
+            in Path("runs/chain.html").read_text()
+        )
+        assert main(["chain", "--config", config]) == 0
 
 
 def test_defaults_are_for_the_stages_that_know_them(chain, started):
@@ -241,6 +268,13 @@ def test_data_that_no_stage_will_write(chain, started, capsys, changes, pairs, s
         ({}, {"sft": {"hub_token": "hf_x"}}, "stage sft: leave out the secret in hub_token"),
         ({}, {"sft": {"env": {"WANDB_API_KEY": "x"}}}, "stage sft: leave out the secret in env"),
         ({}, {"sft": {"env": {"COMET_TOKEN": "x"}}}, "stage sft: leave out the secret in env"),
+        ({}, {"sft": {"env": {"DB_PASS": 123}}}, "stage sft: leave out the secret in env"),
+        ({}, {"sft": {"run_name": "x-hf_" + "a1" * 10}}, "stage sft: leave out the secret in run_name"),
+        ({}, {"sft": {"run_name": "sk-proj-" + "a1" * 10}}, "stage sft: leave out the secret in run_name"),
+        ({}, {"sft": {"env": {"HTTPS_PROXY": "http://me:pw@host:1"}}}, "stage sft: leave out the secret in env"),
+        ({}, {"dpo": {"name": "options.json"}}, "stage options.json: name must be another one, 'options.json' is"),
+        ({}, {"dpo": {"name": "chain.html"}}, "stage chain.html: name must be another one"),
+        ({}, {"dpo": {"name": "sft.old-1"}}, "stage sft.old-1: name must be another one"),
         ({"defaults": CPU | {"report_to": ["hf_x"]}}, {}, "defaults: leave out the secret in report_to"),
         (
             {},
@@ -284,7 +318,7 @@ def test_mistakes_of_all_stages_at_once(chain, started, capsys):
     lines = refused(
         chain(
             {"defaults": CPU | {"use_cpuu": True}},
-            sft={"los": 1, "model_name_or_path": "./no"},
+            sft={"los": 1, "model_name_or_path": "./no", "teacher_model_name_or_path": "./t", "teacher_cache": "./c"},
             dpo={"command": "dpoo", "betta": 1, "max_steps": "x", "ref_model_name": "${stages.sff.output_dir}"},
             grpo={"env": {"HF_TOKEN": "x"}, "num_generations": 3, "reward_funcs": "no", **data("no.jsonl")},
         ),
@@ -297,6 +331,8 @@ def test_mistakes_of_all_stages_at_once(chain, started, capsys):
         "stage dpo: ref_model_name refers to stage 'sff'",
         "stage sft: unknown key 'los'",
         "stage sft: model_name_or_path: there is no folder ./no",
+        "stage sft: teacher_model_name_or_path: there is no folder ./t",
+        "stage sft: teacher_cache: there is no folder ./c",
         "stage dpo: unknown key 'betta'",
         "stage dpo: unknown key 'ref_model_name'",
         "stage dpo: max_steps must be a whole number, got 'x'",
@@ -308,6 +344,23 @@ def test_mistakes_of_all_stages_at_once(chain, started, capsys):
         expected
     )
     assert not started
+
+
+def test_a_teacher_of_a_stage_to_come(chain, started):
+    chain()
+    content = yaml.safe_load(Path("chain.yaml").read_text())
+    settings = {"model_name_or_path": content["stages"][0]["model_name_or_path"], **data("rows.jsonl")}
+    for name, more in (("cache", {}), ("target", {"loss": "target_sft", "teacher_cache": "runs/cache/cache"})):
+        teacher = {} if more else {"teacher_model_name_or_path": "${stages.sft.output_dir}"}
+        command = "sft" if more else "cache"
+        content["stages"].append({"name": name, "command": command, **settings, **teacher, **more})
+    Path("chain.yaml").write_text(yaml.safe_dump(content))
+    assert main(["chain", "--config", "chain.yaml", "--dry_run"]) == 0
+
+
+@pytest.mark.parametrize("name", ["task-vectors-of-a-long-name", "rlhf_preferences", "http://host:80/a", "BYPASS"])
+def test_no_secret(chain, started, name):
+    assert main(["chain", "--config", chain(sft={"run_name": name, "env": {"BYPASS": name}}), "--dry_run"]) == 0
 
 
 @pytest.mark.parametrize("split", ["train[:50%]", "train[2:]", "train[:2]+train[4:]"])
@@ -349,6 +402,35 @@ def test_what_is_done_is_skipped_and_what_changed_is_kept(chain, started):
     assert main(["chain", "--config", chain(dpo={"beta": 0.2})]) == 0
     assert ran(started) == ["grpo"]
     assert Path("runs/grpo.old-3").is_dir()
+
+
+def test_a_function_of_a_module_elsewhere_is_an_input(chain, started, workplace, monkeypatch):
+    """A package on PYTHONPATH, whose own module is not imported to know where the function's lies."""
+    package = workplace.with_name(f"{workplace.name}-elsewhere") / "my_package"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    file = package / "rules.py"
+    monkeypatch.syspath_prepend(package.parent)
+    for name in ("my_package", "my_package.rules"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    file.write_text(REWARDS)
+    config = chain(grpo={"reward_funcs": "my_package.rules.short"})
+    assert main(["chain", "--config", config]) == 0
+    started.clear()
+    assert main(["chain", "--config", config]) == 0
+    assert not started
+    file.write_text(REWARDS + "\n# changed\n")
+    assert main(["chain", "--config", config]) == 0
+    assert ran(started) == ["grpo"]
+    assert keys._module_file("my_package.rules:short") == file
+    for none in ("accuracy_reward", "no_such.x", "my_package.no.x", "trl.rewards.x", "..x", "a/b.py:x", "sys.x"):
+        assert keys._module_file(none) is None
+
+
+def test_help_and_readme_agree_on_several_machines(capsys):
+    with pytest.raises(SystemExit):
+        main(["chain", "--help"])
+    assert "on several machines run the stages' commands by hand" in " ".join(capsys.readouterr().out.split())
 
 
 def test_from_and_to(chain, started, capsys):
@@ -542,6 +624,9 @@ def test_history_counts_repeated_steps_once(tmp_path):
     rows = [{"loss": i, "epoch": i} for i in (1, 2, 3)] + [{"loss": 20, "epoch": 2}, {"loss": 30, "epoch": 3}]
     (tmp_path / "log.txt").write_text("\n".join(map(str, rows)))
     assert [row["loss"] for row in execute.history(tmp_path / "log.txt")] == [1, 20, 30]
+    ending = [{"eval_loss": 3, "epoch": 3}, {"train_loss": 2, "epoch": 3}]  # a training that had come to its end
+    (tmp_path / "log.txt").write_text("\n".join(map(str, [*rows, *ending, rows[-1], *ending])))
+    assert execute.history(tmp_path / "log.txt") == [rows[0], *rows[-2:], *ending]
 
 
 # The page

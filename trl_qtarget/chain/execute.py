@@ -52,10 +52,13 @@ def history(log: Path) -> list[dict[str, float]]:
     rows = metrics(log.read_text(encoding="utf-8", errors="replace").splitlines()) if log.is_file() else []
     kept: list[dict[str, float]] = []
     for row in rows:
-        while kept and "epoch" in row and kept[-1].get("epoch", -math.inf) > row["epoch"]:
-            kept.pop()
-        if kept and "epoch" in row and kept[-1].get("epoch") == row["epoch"] and kept[-1].keys() == row.keys():
-            kept.pop()
+        now = row.get("epoch", math.inf)
+        start = len(kept)
+        while start and kept[start - 1].get("epoch", -math.inf) >= now:
+            start -= 1
+        # of the same moment there may be an evaluation or a summary too
+        again = (i for i, old in enumerate(kept[start:], start) if old["epoch"] > now or old.keys() == row.keys())
+        del kept[next(again, len(kept)) :]
         kept.append(row)
     return kept
 

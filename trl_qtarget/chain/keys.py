@@ -8,10 +8,14 @@ does not throw away hours of training. The chain's own folder is no part of it e
 
 import hashlib
 import json
+import math
 import os
 import shutil
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
+from importlib.machinery import PathFinder
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +25,7 @@ from .plan import Stage, plain
 
 WHOLE = 16 * 2**20  # bytes: files up to here are read, larger ones are told apart by size and time
 RECORD = "stage.json"
+FUNCTIONS = ("reward_funcs", "loss", "verifier")  # settings that may name a function of a module
 
 
 @dataclass
@@ -32,6 +37,7 @@ class Record:
     seconds: float = 0.0  # over all attempts
     attempts: int = 0
     metric: str = ""
+    words: list[str] = field(default_factory=list)  # of its command, beside its YAML file
     versions: dict[str, str] = field(default_factory=dict)
 
     def save(self, folder: Path) -> None:
@@ -73,6 +79,9 @@ def _key(stage: Stage, outputs: dict[str, str], known: dict[str, str]) -> str:
     settings = {key: plain(node) for key, node in stage.settings.items() if key not in own}
     texts = sorted(set(_texts(settings)))
     local = {text: _fingerprint(text) for text in texts if not any(_inside(text, path) for path in outputs.values())}
+    for text in _texts([settings.get(key) for key in FUNCTIONS]):
+        file = None if local.get(text) else _module_file(text)
+        local |= {text: _digest([file])} if file else {}
     content = [
         stage.command,
         _relocated(settings, {path: known[name] for name, path in outputs.items()}),
@@ -125,6 +134,26 @@ def _fingerprint(text: str) -> str | None:
     return _digest(found) if found else None
 
 
+def _module_file(text: str) -> Path | None:
+    """Where the module of `module.function` or `module:function` lies. Nothing is imported, so parents are searched.
+
+    Installed packages are none of ours: their versions are no part of the key.
+    """
+    name = text.partition(":")[0] if ":" in text else text.rpartition(".")[0]
+    if not name:
+        return None  # one of ours or TRL's
+    found, folders, parts = None, [str(Path.cwd()), *sys.path], name.split(".")
+    try:
+        for depth in range(1, len(parts) + 1):
+            whole = ".".join(parts[:depth])
+            found = PathFinder.find_spec(whole, folders) or (find_spec(whole) if depth == 1 else None)
+            folders = list(found.submodule_search_locations or []) if found else []
+    except (ImportError, AttributeError, ValueError, KeyError):  # names that are none, namespaces within namespaces
+        return None
+    file = Path(found.origin) if found and found.has_location and found.origin else None
+    return None if file is None or {"site-packages", "dist-packages"} & {*file.parts} or not file.is_file() else file
+
+
 def _is_input(path: Path) -> bool:
     """A file, or a folder that the chain does not itself run in."""
     try:
@@ -156,9 +185,12 @@ def _content(file: Path) -> bytes:
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The last checkpoint that was written to its end: its trainer state comes last."""
+    """The last checkpoint that was written to its end, and that training goes on from.
+
+    After the last step Trainer would take one more before it looks at max_steps, so that one is left out.
+    """
     numbered = sorted(folder.glob("checkpoint-*"), key=lambda path: _number(path.name))
-    return next((path for path in reversed(numbered) if _is_whole(path)), None)
+    return next((path for path in reversed(numbered) if _goes_on(path)), None)
 
 
 def _number(name: str) -> int:
@@ -166,10 +198,12 @@ def _number(name: str) -> int:
     return int(tail) if tail.isdigit() else -1
 
 
-def _is_whole(checkpoint: Path) -> bool:
-    try:
-        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+def _goes_on(checkpoint: Path) -> bool:
+    try:  # the trainer state is written last
+        state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
+        return False
+    if state.get("global_step", 0) >= state.get("max_steps", math.inf):
         return False
     # without an optimizer it was saved with save_only_model, and training cannot go on from it
     return any(any(checkpoint.glob(name)) for name in ("optimizer*", "global_step*", "pytorch_model_fsdp*"))

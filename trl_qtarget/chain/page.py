@@ -77,7 +77,7 @@ def write_page(folder: Path, stages: list[Stage], records: dict[str, Record]) ->
     ]
     cells = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     head = "".join(f"<th>{name}</th>" for name in ("stage", "command", "seconds", "metric", "output"))
-    parts = "".join(_section(stage) for stage in stages)
+    parts = "".join(_section(stage, records[stage.name]) for stage in stages)
     text = (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(str(folder))}</title>'
         f"<style>{STYLE}</style><h1>{escape(str(folder))}</h1><table><tr>{head}</tr>{cells}</table>{parts}</html>\n"
@@ -87,14 +87,14 @@ def write_page(folder: Path, stages: list[Stage], records: dict[str, Record]) ->
     return file
 
 
-def _section(stage: Stage) -> str:
+def _section(stage: Stage, record: Record) -> str:
     curves: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for number, row in enumerate(history(stage.log)):
         for name, value in row.items():
             if name in CURVES or name.startswith(("qtarget/", "eval_loss")):
                 curves[name].append((row.get("epoch", float(number)), value))
     drawn = "".join(_curve(name, points) for name, points in curves.items() if len(points) > 1)
-    command = " ".join(stage.by_hand)
+    command = " ".join([*stage.by_hand, *record.words])
     return f"<h2>{escape(stage.name)}</h2><p><code>{escape(command)}</code></p>{drawn}"
 
 

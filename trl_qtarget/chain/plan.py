@@ -38,6 +38,8 @@ CHAINS = {  # options of the commands that the chain sets
     "overwrite": "a chain overwrites nothing",
 }
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+FILES = ("options.json", "chain.html")  # what a chain writes beside its stages' folders
+ASIDE = re.compile(r"\.old-\d+$")  # and where it moves these
 REFERENCE = re.compile(r"\$\{([^}]*)\}")
 
 
@@ -147,6 +149,8 @@ def _draft(entry: yaml.Node, number: int) -> tuple[Draft | None, list[str]]:
         command = close[0]  # so that mistakes in its settings are found too
     if not isinstance(label, str) or not NAME.fullmatch(label):
         return None, [*found, f"{where}: name must be of letters, digits, '.', '_' and '-', got {label!r}"]
+    if label in FILES or ASIDE.search(label):
+        return None, [*found, f"{where}: name must be another one, {label!r} is the chain's own in its folder"]
     handoff, tolerance = own.get("handoff", "auto"), own.get("step0_tolerance", TOLERANCE)
     if handoff not in HANDOFFS:
         found.append(f"{where}: handoff must be one of {', '.join(HANDOFFS)}, got {handoff!r}")

@@ -24,8 +24,9 @@ from .plan import Chain, Mistakes, Stage, read, resolve
 PROG = "trl-qtarget chain"
 EPILOG = """\
 A second run skips what is done and resumes inside a stage from its newest checkpoint. A stage is done again when its
-settings, its local inputs or a stage that it reads have changed; what it had made is kept as NAME.old-1. Stages run
-one after the other on this machine: for several, give them accelerate's own options and start the chain on the first.
+settings, its local inputs or a stage that it reads have changed; what it had made is kept as NAME.old-1. A chain runs
+on one machine, its stages one after the other, with several processes if they have accelerate's options; on several
+machines run the stages' commands by hand.
 """
 
 
@@ -70,7 +71,7 @@ def _run(chain: Chain, args: argparse.Namespace) -> int:
     if chain.mistakes or len(done) < len(stages):
         ready = _validated(chain, stages, done)
     if args.dry_run:
-        console.print(_plan(stages, made, done, again))
+        console.print(_plan(stages, made, done, again, ready))
         return 0
     for number, stage in enumerate(stages, start=1):
         if stage.name in done:
@@ -138,12 +139,15 @@ def run_stage(stage: Stage, key: str, ready: Any, again: bool, console: Any) -> 
         old = None
     now = old or Record(key)
     now.state, now.attempts, now.versions = "running", now.attempts + 1, _versions()
+    now.words = ready.words
     now.save(stage.folder)
     checkpoint = newest_checkpoint(stage.output)
     if checkpoint is None and stage.command != "cache":  # a cache goes on by itself
         shutil.rmtree(stage.output, ignore_errors=True)
     if checkpoint is not None:
         console.print(f"  goes on from {checkpoint}")
+    elif ready.unchecked:
+        console.print(f"  {_not_checked(ready)}")
     write(
         stage.config,
         f"# {' '.join([*stage.by_hand, *ready.words])}\n" + yaml.safe_dump(ready.settings, sort_keys=False),
@@ -235,7 +239,7 @@ def _locked(folder: Path, dry: bool) -> Iterator[None]:
             raise
 
 
-def _plan(stages: list[Stage], made: dict[str, str], done: set[str], again: set[str]) -> Any:
+def _plan(stages: list[Stage], made: dict[str, str], done: set[str], again: set[str], ready: dict[str, Any]) -> Any:
     from rich.table import Table
 
     from .keys import inputs
@@ -243,15 +247,16 @@ def _plan(stages: list[Stage], made: dict[str, str], done: set[str], again: set[
     table = Table("stage", "command", "reads", "writes", "what happens", box=None, pad_edge=False)
     outputs: dict[str, str] = {}
     for stage in stages:
-        table.add_row(
-            stage.name,
-            stage.command,
-            ", ".join(inputs(stage, outputs)),
-            str(stage.output),
-            _what_happens(stage, made[stage.name], done, again),
-        )
+        happens = _what_happens(stage, made[stage.name], done, again)
+        if stage.name in ready and ready[stage.name].unchecked:
+            happens += f"; {_not_checked(ready[stage.name])}"
+        table.add_row(stage.name, stage.command, ", ".join(inputs(stage, outputs)), str(stage.output), happens)
         outputs[stage.name] = str(stage.output)
     return table
+
+
+def _not_checked(ready: Any) -> str:
+    return f"step 0 is not checked: {ready.unchecked}"
 
 
 def _what_happens(stage: Stage, key: str, done: set[str], again: set[str]) -> str:

@@ -24,7 +24,7 @@ from ..scripts import preflight
 from ..scripts.launching import make_launcher
 from ..scripts.parsing import StrictParser
 from . import inputs
-from .plan import OWN, POLICIES, Stage, plain
+from .plan import OWN, POLICIES, REFERENCED, Stage, plain
 
 
 OURS = ("sft", "cache", "plan", "eval", "merge")
@@ -32,10 +32,14 @@ OURS = ("sft", "cache", "plan", "eval", "merge")
 
 @dataclass(frozen=True)
 class Ready:
-    """A stage as it will run: the contents of its YAML file, and words that do not go into it."""
+    """A stage as it will run: the contents of its YAML file, and words that do not go into it.
+
+    `unchecked`: why nothing tells at the first step whether the model is its own reference, if that is so.
+    """
 
     settings: dict[str, Any]
     words: list[str]
+    unchecked: str = ""
 
 
 def parser(command: str, prog: str) -> StrictParser:
@@ -81,7 +85,19 @@ def _stage(stage: Stage, planned: dict[str, str], stages: list[Stage]) -> tuple[
     settings |= dict(word[2:].split("=", 1) for word in launch if "=" in word)
     settings |= {"env": environment} if environment else {}
     back = {stand_in: path for path, stand_in in planned.items()}
-    return Ready(_replaced(settings, back), flags), [_replaced(line, back) for line in found]
+    return Ready(_replaced(settings, back), flags, _unchecked(stage, given)), [_replaced(line, back) for line in found]
+
+
+def _unchecked(stage: Stage, given: dict[str, Any]) -> str:
+    """Why the first step is not checked."""
+    if stage.command not in REFERENCED:
+        return ""
+    if given["beta"] == 0:
+        return "with beta 0 nothing of a reference is logged"
+    if stage.tolerance is None:
+        first = plain(stage.settings["logging_first_step"])
+        return "logging_first_step is false" if first is not True else "step0_tolerance is null"
+    return ""
 
 
 def _text(stage: Stage, planned: dict[str, str]) -> str:
@@ -164,6 +180,10 @@ def _wrong(command: str, given: dict[str, Any], planned: inputs.Planned) -> list
         if given["dataset"] and given["model_name_or_path"]:
             found += inputs.wrong_data(command, given, planned) + inputs.wrong_evaluation(argparse.Namespace(**given))
         return found
+    if command in ("sft", "cache"):
+        found += preflight.no_model("teacher_model_name_or_path", given["teacher_model_name_or_path"])
+    if command == "sft" and given["teacher_cache"] is not None:
+        found += preflight.no_cache(given["teacher_cache"])
     given["datasets"] = DatasetMixtureConfig(given["datasets"]).datasets
     found += inputs.wrong_data(command, given, planned)
     return found + (inputs.wrong_rewards(given) if given.get("reward_funcs") else [])

@@ -40,7 +40,7 @@ def no_models(training_args, model_args) -> list[str]:
     teacher, cache = training_args.teacher_model_name_or_path, training_args.teacher_cache
     found = [
         *no_model("model_name_or_path", model_args.model_name_or_path),
-        *(no_model("teacher_model_name_or_path", teacher) if cache is None else _no_cache(cache)),
+        *(no_model("teacher_model_name_or_path", teacher) if cache is None else no_cache(cache)),
     ]
     if model_args.model_name_or_path is None:
         found.append("no model: pass --model_name_or_path with a folder or a name of the Hub")
@@ -61,7 +61,7 @@ def no_model(option: str, name: str | None) -> list[str]:
     return []
 
 
-def _no_cache(name: str) -> list[str]:
+def no_cache(name: str) -> list[str]:
     folder = Path(name)
     if folder.is_dir() and not (folder / "manifest.json").is_file():
         return [f"teacher_cache: the folder {name} holds no cache (no manifest.json); make one with trl-qtarget cache"]

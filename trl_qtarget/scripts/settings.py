@@ -11,7 +11,9 @@ from .parsing import Parsed
 
 
 # tokens of texts (`eos_token`) are none; in the environment every TOKEN is one
-SECRET = re.compile(r"TOKEN$|(?i:(^|hub_?|hf_?|access_?|auth_?|api_?)token$|key$|secret|passw)")
+SECRET = re.compile(r"TOKEN$|(?i:(^|hub_?|hf_?|access_?|auth_?|api_?)token$|key$|secret|passw|(^|_)pass$)|(?<!BY)PASS")
+# a token of the Hub, one of an API, a password in an address; `task-...` is none
+SECRET_VALUE = re.compile(r"^hf_|hf_[A-Za-z0-9]{20,}|(?<![A-Za-z0-9])sk-[\w-]{20,}|//[^/\s]*:[^/\s]*@")
 
 
 def show(parsed: Parsed, more: dict[str, tuple[Any, str]]) -> None:
@@ -46,9 +48,9 @@ def masked(name: str, value: Any) -> Any:
         return {key: masked(str(key), inner) for key, inner in value.items()}
     if isinstance(value, list):
         return [masked(name, inner) for inner in value]
-    if isinstance(value, str) and (SECRET.search(name) or value.startswith("hf_")):
-        return "***"
-    return value
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        return value
+    return "***" if SECRET.search(name) or SECRET_VALUE.search(str(value)) else value
 
 
 def _plain(value: Any) -> Any:
