@@ -167,11 +167,14 @@ def compare(method: str, best: dict[str, float], folder: Path) -> tuple[list[Row
             logged = [point for point in log if CURVES[method][0] in point]
             steps = [max(1, number * every) for number in range(len(logged))]  # the first one is always logged
             updates = [step - last for last, step in pairwise([0, *steps])]  # that a point is the mean of
-            pairs = folder / f"draw-{draw}/pairs-{start}/results/pairs.jsonl"
+            if method == "grpo":
+                own = {ALIKE: round(statistics.fmean((point[ALIKE] for point in logged), updates), 4)}
+            else:
+                pairs = folder / f"draw-{draw}/pairs-{start}/results/pairs.jsonl"
+                own = {"pairs": len(pairs.read_text().splitlines())}
             rows.append(
                 {"start": start, "draw": draw, "learning_rate": rate, "entropy": logged[0].get("entropy")}
-                | {ALIKE: statistics.fmean((p[ALIKE] for p in logged), updates) if ALIKE in LOGGED[method] else None}
-                | {"pairs": len(pairs.read_text().splitlines()) if pairs.is_file() else None}
+                | own
                 | before_and_after(found, method, start, rate)
             )
             for step, point in zip(steps, logged, strict=True):

@@ -115,10 +115,9 @@ def finished(workplace, monkeypatch):
                     for n in range(3)
                 ]
                 log.write_text("".join(f"  1%| {point}\n" for point in [*points, {"train_runtime": "1"}]))
-            if method == "dpo":
-                pairs = folder / f"draw-{draw}/pairs-{start}/results/pairs.jsonl"
-                pairs.parent.mkdir(parents=True)
-                pairs.write_text("{}\n" * (index + 1))
+            pairs = folder / f"draw-{draw}/pairs-{start}/results/pairs.jsonl"
+            pairs.parent.mkdir(parents=True)
+            pairs.write_text("{}\n" * (index + 1))
         results = folder / f"draw-{draw}/eval-{method}/results/results.json"
         results.parent.mkdir(parents=True)
         results.write_text(json.dumps({"results": [{"model": name} | found for name, found in models.items()]}))
@@ -161,7 +160,7 @@ def test_every_score_is_of_its_own_model_and_draw(method, finished):
             assert [point["step"] for point in mine] == [1, 10, 20]
             assert [point[chains.CURVES[method][0]] for point in mine] == [after, after + 1, after + 2]
             if method == "grpo":  # one update, then 9, then 10
-                assert row["pairs"] is None
+                assert "pairs" not in row
                 assert row[chains.ALIKE] == pytest.approx((9 * 0.25 + 10 * 0.5) / 20 + index / 100)
                 assert [point[chains.ALIKE] for point in mine] == [point / 4 + index / 100 for point in range(3)]
             else:
