@@ -260,6 +260,7 @@ def launch(engine: str, cells: list[str], folder: Path, timeout: int = 3000) -> 
 # The table
 
 
+WORDS = ("ok", "refused", "failed")
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "deepspeed", "peft")
 
 
@@ -269,19 +270,19 @@ class Table:
     def __init__(self):
         self.marks: dict[tuple[str, str, str], str] = {}
 
-    @property
-    def complete(self) -> bool:
-        """Whether all cells ran, and not a selection of them."""
-        return all((cell.section, cell.row, cell.engine) in self.marks for cell in all_cells().values())
-
     def mark(self, cell: Cell, word: str) -> None:
         self.marks[cell.section, cell.row, cell.engine] = word
 
     def write(self, path: Path, intro: str) -> None:
-        """One table a section, a column an engine; a dash where nothing ran, and what the others are compared with."""
+        """One table a section, a column an engine; a dash where nothing ran, and what the others are compared with.
+
+        Cells that did not run now keep what the file says of them, if it is of the same day and versions.
+        """
         versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES if _installed(name))
         day = datetime.now(UTC).date().isoformat()
-        lines = [intro, f"Run on {day} with Python {platform.python_version()}, {versions}; CPU, gloo, float32."]
+        when = f"Run on {day} with Python {platform.python_version()}, {versions}; CPU, gloo, float32."
+        marks = {**(read_marks(path) if path.is_file() and when in path.read_text() else {}), **self.marks}
+        lines = [intro, when]
         known = {}
         for cell in all_cells().values():
             known.setdefault(cell.section, {}).setdefault(cell.row, None)
@@ -290,9 +291,21 @@ class Table:
             lines += ["", f"## {section.capitalize()}", "", head, "|---" * (len(ENGINES) + 1) + "|"]
             for row in rows:
                 compared = "-" if section == "resumed" else "reference"
-                marks = [self.marks.get((section, row, e), compared if e == "single" else "-") for e in ENGINES]
-                lines.append(f"| {row} | {' | '.join(marks)} |")
+                told = [marks.get((section, row, e), compared if e == "single" else "-") for e in ENGINES]
+                lines.append(f"| {row} | {' | '.join(told)} |")
         path.write_text("\n".join(lines) + "\n")
+
+
+def read_marks(path: Path) -> dict[tuple[str, str, str], str]:
+    """What a table that `Table.write` wrote says of the cells that ran."""
+    marks, section = {}, ""
+    for line in path.read_text().splitlines():
+        if line.startswith("## "):
+            section = line[3:].lower()
+        row, *told = (cell.strip() for cell in line.strip("|").split("|"))
+        if line.startswith("|") and len(told) == len(ENGINES):
+            marks |= {(section, row, e): word for e, word in zip(ENGINES, told, strict=True) if word in WORDS}
+    return marks
 
 
 def _installed(name: str) -> bool:

@@ -41,6 +41,9 @@ CASES.update(FAMILIES | ADAPTERS)
 
 # accelerate looks in every model for all layers that transformers names for its class, and this one lacks some
 UNWRAPPED = "Could not find the transformer layer class"
+REFUSED_BY_FSDP = {
+    "Gemma3, text": UNWRAPPED, "Gemma3, images": UNWRAPPED, "prompt tuning": "PEFT cannot save virtual tokens"
+}  # fmt: skip
 
 
 def models() -> list[Cell]:
@@ -51,7 +54,7 @@ def models() -> list[Cell]:
             shared = {**PLAIN, "router_aux_loss_coef": 0.0} if case in zoo.MIXTURES else PLAIN
             for engine in ENGINES:
                 options = PIECES if engine == "single" else {}
-                refused = UNWRAPPED if case.startswith("Gemma3") and engine == "fsdp2" else None
+                refused = REFUSED_BY_FSDP.get(case) if engine == "fsdp2" else None
                 cells.append(
                     Cell("models", f"{case}, {loss}", engine, loss, case, shared=shared, options=options,
                          refused=refused)

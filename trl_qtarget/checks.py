@@ -190,6 +190,14 @@ def _head_names(model: Any) -> list[str]:
     return ["lm_head", *(name for name, module in base.named_modules() if module is head)]
 
 
+def refuse_sharded_prompt(model: Any, accelerator: Any) -> None:
+    """Virtual tokens under FSDP: PEFT saves what it computes of them, where no forward pass has gathered them."""
+    if has_virtual_tokens(model) and getattr(accelerator.state, "fsdp_plugin", None) is not None:
+        raise ValueError(
+            "With prompt learning PEFT cannot save virtual tokens that FSDP shards: train with DDP or ZeRO, or a LoRA."
+        )
+
+
 def refuse_images(model: Any, args: TargetSFTConfig) -> None:
     """A model that would not see the images that the data has, or not those of its rows."""
     if args.teacher_batch_size:

@@ -15,7 +15,16 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTConfig, SFTTrainer
 
 from . import compat
-from .checks import compare_tokenizers, mean_nll, refuse, refuse_images, refuse_model, refuse_placement, trusted_ids
+from .checks import (
+    compare_tokenizers,
+    mean_nll,
+    refuse,
+    refuse_images,
+    refuse_model,
+    refuse_placement,
+    refuse_sharded_prompt,
+    trusted_ids,
+)
 from .config import TargetSFTConfig, as_target_config
 from .data import TOKEN_COLUMNS, TokenColumnCollator, prepared, shifted, token_columns, trajectories
 from .head import ScoredOutput, Scorer, check_head, head_rows, install
@@ -114,6 +123,7 @@ class TargetSFTTrainer(SFTTrainer):
         # most vision-language models say no, and Trainer would take a mean over micro-batches of unequal lengths
         self.model_accepts_loss_kwargs = True
         compat.check_trainer(self)
+        refuse_sharded_prompt(self.model, self.accelerator)
         if self._is_vision_dataset:
             refuse_images(self.model, args)
         if not self._is_vision_dataset:
