@@ -95,7 +95,7 @@ def _stages(recipe: list[Row], method: str, start: str, rates: tuple[float, ...]
 def run_chain(file: Path) -> None:
     """`trl-qtarget chain`, but for stages that run in this process: loading TRL takes as long as most of them."""
     from trl_qtarget.chain import execute
-    from trl_qtarget.cli import main
+    from trl_qtarget.cli.main import main
 
     with mock.patch.object(execute, "execute", _execute_here):
         if main(["chain", "--config", str(file)]):

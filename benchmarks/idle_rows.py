@@ -24,7 +24,7 @@ from rich.table import Table
 
 from benchmarks.kernel import console
 from benchmarks.machine import provenance, save
-from trl_qtarget.head import install, read_teacher
+from trl_qtarget.model.forward import install, read_teacher
 
 
 TOLERANCES = (1e-4, 1e-3, 1e-2)

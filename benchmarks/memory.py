@@ -93,9 +93,9 @@ def recipe(name: str, folder: Path, tiny: bool = False) -> Path:
 
 def predict(file: Path) -> dict[str, float]:
     """MiB at the two moments, of which the first is the dearer of the teacher's forward and the loss."""
-    from trl_qtarget.planning import totals
+    from trl_qtarget.planning.memory import totals
+    from trl_qtarget.planning.sizes import run_of
     from trl_qtarget.scripts import plan
-    from trl_qtarget.scripts.counting import run_of
 
     parsed = plan.make_parser().parse(["--config", str(file)])
     bytes_at = totals(run_of(*parsed.values, engine=plan.Engine()))
@@ -149,7 +149,7 @@ def measured_apart(name: str, folder: Path) -> dict[str, float]:
 
 
 def make_caches(folder: Path) -> None:
-    from trl_qtarget.cli import main as command
+    from trl_qtarget.cli.main import main as command
 
     for tiny in (False, True):
         file = recipe("target_sft, cached teacher", folder, tiny)

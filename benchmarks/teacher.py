@@ -32,9 +32,10 @@ from benchmarks import train
 from benchmarks.kernel import console
 from benchmarks.machine import provenance, save
 from trl_qtarget import Residual, TopKLogits
-from trl_qtarget.head import install
-from trl_qtarget.reference import pool
-from trl_qtarget.teachers.offline import TokenSequence, score, sequences
+from trl_qtarget.cache.sequences import TokenSequence, sequences
+from trl_qtarget.model.forward import install
+from trl_qtarget.scoring.score import score
+from trl_qtarget.theory.reference import pool
 
 
 KS = (8, 32, 128)

@@ -30,7 +30,7 @@ from rich.table import Table
 
 from benchmarks.kernel import console
 from benchmarks.machine import forget_peak, provenance, resident, save
-from trl_qtarget import head
+from trl_qtarget.model import forward as head
 
 
 ROOT = Path("runs/smollm2-135m")

@@ -15,7 +15,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from trl_qtarget.kernels.triton_tiles import BLOCK_V, NUM_WARPS, gradient_kernel, statistics_kernel
+from trl_qtarget.loss.triton_tiles import BLOCK_V, NUM_WARPS, gradient_kernel, statistics_kernel
 
 
 TARGETS = {

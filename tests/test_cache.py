@@ -22,8 +22,9 @@ from cache_victim import SETTINGS, VERSIONS, fill, made_up_entry, made_up_rows
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trl_qtarget.teachers import shards
-from trl_qtarget.teachers.cache import CacheError, CacheWriter, Entry, TeacherCache, readable, row_key
+from trl_qtarget.cache import shards
+from trl_qtarget.cache.shards import CacheError, Entry
+from trl_qtarget.cache.store import CacheWriter, TeacherCache, readable, row_key
 
 
 FILLS_THE_GAP = r": delete it and run `trl-qtarget cache` again, which fills the gap\.$"

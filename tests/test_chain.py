@@ -15,7 +15,7 @@ import yaml
 
 import trl_qtarget
 from trl_qtarget.chain import execute, keys, page, plan
-from trl_qtarget.cli import main
+from trl_qtarget.cli.main import main
 
 
 ROOT = Path(trl_qtarget.__file__).parents[1]

@@ -15,8 +15,8 @@ import pytest
 import yaml
 
 import trl_qtarget
-from trl_qtarget.cli import main
-from trl_qtarget.presets import PRESETS
+from trl_qtarget.cli.main import main
+from trl_qtarget.theory.presets import PRESETS
 
 
 ROOT = Path(trl_qtarget.__file__).parents[1]
@@ -54,7 +54,7 @@ def launched(monkeypatch):
     """What would have been launched: (own words, accelerate's words)."""
     calls = []
     monkeypatch.setattr(
-        "trl_qtarget.scripts.launching.launch", lambda module, own, options, prog: calls.append((own, options)) or 0
+        "trl_qtarget.options.launching.launch", lambda module, own, options, prog: calls.append((own, options)) or 0
     )
     return calls
 
@@ -81,7 +81,7 @@ def refused(launched, capsys):
 @pytest.mark.parametrize("words", [["--help"], ["losses"], ["losses", "eaft"], ["--version"]])
 def test_quick_answers_import_no_torch(words):
     code = f"""import sys
-from trl_qtarget.cli import main
+from trl_qtarget.cli.main import main
 try:
     main({words})
 except SystemExit as stop:
@@ -477,7 +477,7 @@ def test_print_config_of_a_cache(recipe, launched, capsys):
 @pytest.fixture
 def ends(tmp_path, monkeypatch):
     """`ends(code)` launches a module of these lines as the script, and returns the exit code."""
-    from trl_qtarget.scripts.launching import launch
+    from trl_qtarget.options.launching import launch
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
@@ -528,7 +528,7 @@ def test_a_signal_to_the_launcher_ends_its_children(ends, tmp_path, number, ende
     (tmp_path / "tiny_script.py").write_text(
         "import os, time\nopen('pid.part', 'w').write(str(os.getpid()))\nos.rename('pid.part', 'pid')\ntime.sleep(99)"
     )
-    code = "import sys; from trl_qtarget.scripts.launching import launch; sys.exit(launch('tiny_script', [], [], 'x'))"
+    code = "import sys; from trl_qtarget.options.launching import launch; sys.exit(launch('tiny_script', [], [], 'x'))"
     env = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"}
     with subprocess.Popen([sys.executable, "-c", code], env=env, start_new_session=True) as launcher:
         for _ in range(600):
@@ -543,7 +543,7 @@ def test_a_signal_to_the_launcher_ends_its_children(ends, tmp_path, number, ende
 
 
 def test_ranks_do_not_repeat_a_mistake(monkeypatch, capsys):
-    from trl_qtarget.scripts import parsing
+    from trl_qtarget.options import parsing
 
     waited = []
     monkeypatch.setattr(parsing.time, "sleep", waited.append)

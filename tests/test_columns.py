@@ -8,15 +8,8 @@ import torch
 from datasets import Dataset, IterableDataset
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from trl_qtarget import (
-    ProjectedLogits,
-    TargetSFTConfig,
-    TargetSFTTrainer,
-    build,
-    data,
-    qtarget_loss,
-    reference_loss,
-)
+from trl_qtarget import ProjectedLogits, TargetSFTConfig, TargetSFTTrainer, build, qtarget_loss, reference_loss
+from trl_qtarget.data import columns as data
 
 
 PACKED = {"packing": True, "max_length": 256}

@@ -13,7 +13,7 @@ import pytest
 from datasets import Dataset
 
 from trl_qtarget import TargetSFTConfig, TargetSFTTrainer, compat
-from trl_qtarget.head import install
+from trl_qtarget.model.forward import install
 
 
 NAMES = compat.NAMES | compat.NAMES_OF_EXPERTS | compat.NAMES_OF_COMMANDS

@@ -3,8 +3,8 @@
 import pytest
 from datasets import Dataset
 
-from trl_qtarget.cli import main
-from trl_qtarget.scripts.conversations import check, converse
+from trl_qtarget.cli.main import main
+from trl_qtarget.data.conversations import check, converse
 
 
 BOXED = {"user": "{problem} Answer in \\boxed{{}}.", "assistant": "{messages[0][content]}"}

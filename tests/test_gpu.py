@@ -5,7 +5,7 @@ import torch
 from test_loss import TARGETS, extras
 
 from trl_qtarget import ProjectedLogits, build, qtarget_loss, reference_loss
-from trl_qtarget.loss import LabelCount
+from trl_qtarget.loss.fused import LabelCount
 
 
 pytestmark = [

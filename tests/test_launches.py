@@ -13,8 +13,8 @@ import pytest
 import yaml
 
 import trl_qtarget
-from trl_qtarget.cli import main
-from trl_qtarget.scripts.launching import make_launcher
+from trl_qtarget.cli.main import main
+from trl_qtarget.options.launching import make_launcher
 
 
 ROOT = Path(trl_qtarget.__file__).parents[1]

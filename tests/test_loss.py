@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from trl_qtarget import PRESETS, ProjectedLogits, Residual, Target, TopKLogits, build, qtarget_loss, reference_loss
-from trl_qtarget.kernels import torch_tiles
-from trl_qtarget.kernels.scratch import KEPT
-from trl_qtarget.loss import LabelCount
+from trl_qtarget.loss import torch_tiles
+from trl_qtarget.loss.fused import LabelCount
+from trl_qtarget.loss.scratch import KEPT
 
 
 SIGNATURE = {"prift": {"statistic": "mass"}}

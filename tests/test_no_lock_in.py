@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from trl_qtarget.cli import main
+from trl_qtarget.cli.main import main
 
 
 WITHOUT = "import sys\nsys.modules['trl_qtarget'] = None\n"  # Python's own way to say that a module cannot be imported

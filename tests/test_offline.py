@@ -13,13 +13,15 @@ import torch
 from datasets import Dataset
 from test_trainer import logged, same, teacher, train  # noqa: F401  (a fixture)
 
-from trl_qtarget import Residual, Target, cli
-from trl_qtarget.checks import refuse
-from trl_qtarget.head import install
+from trl_qtarget import Residual, Target
+from trl_qtarget.cache.sequences import TokenSequence, sequences
+from trl_qtarget.cache.shards import CacheError, _sealed
+from trl_qtarget.cache.store import TeacherCache, readable, row_key
+from trl_qtarget.cli import main as cli
+from trl_qtarget.model.forward import install
+from trl_qtarget.scoring.score import score
 from trl_qtarget.scripts import cache as script
-from trl_qtarget.teachers.cache import TeacherCache, readable, row_key
-from trl_qtarget.teachers.offline import TokenSequence, score, sequences
-from trl_qtarget.teachers.shards import CacheError, _sealed
+from trl_qtarget.training.checks import refuse
 
 
 CPU = ["--use_cpu", "true", "--bf16", "false", "--report_to", "none", "--dtype", "float32"]

@@ -16,14 +16,14 @@ from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3MoeConfig
 
 import trl_qtarget
 from trl_qtarget import ProjectedLogits, build, qtarget_loss
-from trl_qtarget.advice import advise
-from trl_qtarget.cli import main
+from trl_qtarget.cli.main import main
 from trl_qtarget.compat import prepare_frozen
-from trl_qtarget.kernels.scratch import KEPT
-from trl_qtarget.planning import Engine, Run, Size, Teacher, parts, peak, totals
+from trl_qtarget.loss.scratch import KEPT
+from trl_qtarget.options.launching import launched_as
+from trl_qtarget.planning.advice import advise
+from trl_qtarget.planning.memory import Engine, Run, Size, Teacher, parts, peak, totals
+from trl_qtarget.planning.sizes import adapted, run_of, size_of
 from trl_qtarget.scripts import plan
-from trl_qtarget.scripts.counting import adapted, run_of, size_of
-from trl_qtarget.scripts.launching import launched_as
 
 
 ROOT = Path(trl_qtarget.__file__).parents[1]

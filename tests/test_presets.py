@@ -14,7 +14,7 @@ from published import PUBLISHED, Extra, log_p_of
 from torch import Tensor
 
 from trl_qtarget import PRESETS, Residual, Target, build, induced_target, preset, reference_loss
-from trl_qtarget.reference import dense_tokens
+from trl_qtarget.theory.reference import dense_tokens
 
 
 # Beside the defaults, which are always tested. `eta=0` is not here: there we report dft's value, see the identities.
@@ -390,7 +390,7 @@ def test_induced_target_refuses_a_loss_that_depends_on_the_logits_level():
         ("eaft", {"k": "many"}, r"needs a whole k >= 2, got 'many'"),
         ("prift", {"statistic": "rank"}, r"^Loss 'prift' needs statistic to be 'prob' or 'mass', got 'rank'\.$"),
         ("no_such_module:loss", {}, r"^Unknown loss 'no_such_module:loss': there is no module 'no_such_module'"),
-        ("no_such_file.py:loss", {}, r"no_such_file\.py does not exist"),
+        ("no_such_file.py:loss", {}, r"there is no file no_such_file\.py"),
     ],
 )
 def test_message_says_what_was_given_and_what_is_accepted(loss, kwargs, message):

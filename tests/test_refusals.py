@@ -12,8 +12,8 @@ from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from trl_qtarget import TargetSFTConfig, TargetSFTTrainer, build
-from trl_qtarget.checks import refuse, refuse_model
 from trl_qtarget.teachers.models import FrozenModel
+from trl_qtarget.training.checks import refuse, refuse_model
 
 
 PROMPT = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)

@@ -12,7 +12,7 @@ import yaml
 
 import trl_qtarget
 from trl_qtarget.chain.execute import history
-from trl_qtarget.cli import main
+from trl_qtarget.cli.main import main
 from trl_qtarget.evaluation.verifiers import load_file
 
 

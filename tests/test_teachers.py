@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from trl_qtarget import TargetSFTConfig, TargetSFTTrainer, build
 from trl_qtarget.compat import shards_weights
-from trl_qtarget.teachers.base import ProjectedLogits
+from trl_qtarget.loss.teacher import ProjectedLogits
 from trl_qtarget.teachers.models import AdaptersOff, Average, FrozenModel, OtherAdapter, within_student
 from trl_qtarget.teachers.placement import OnHost, read_in_parts
 
@@ -345,7 +345,7 @@ def test_what_an_offloaded_teacher_said_outlives_its_weights(train, teacher_dir)
 def test_an_offloaded_teacher_trains_to_the_same_numbers(train, teacher_dir, monkeypatch):
     """No second device is here: past the refusal of that, copies are fetched, and dropped after each read."""
     whole = train(teacher_model_name_or_path=teacher_dir)
-    monkeypatch.setattr("trl_qtarget.trainer.refuse_placement", lambda *_: None)
+    monkeypatch.setattr("trl_qtarget.training.trainer.refuse_placement", lambda *_: None)
     monkeypatch.setattr(
         "trl_qtarget.teachers.models.OnHost", lambda model, device: OnHost(model, device, lambda x, _: x.clone())
     )
@@ -398,7 +398,7 @@ def test_a_teacher_worse_than_guessing_is_told(train, tiny_model, caplog):
     with torch.no_grad():
         good.lm_head.weight.mul_(0)
         bad.lm_head.weight.mul_(10)
-    with caplog.at_level(logging.WARNING, logger="trl_qtarget.checks"):
+    with caplog.at_level(logging.WARNING, logger="trl_qtarget.training.checks"):
         trainer = train(teacher=bad, max_steps=1)
         assert "worse than an even guess among 100 tokens" in caplog.text
         caplog.clear()

@@ -12,9 +12,9 @@ from peft import LoraConfig
 from trl import SFTConfig, SFTTrainer
 
 from trl_qtarget import TargetSFTConfig, TargetSFTTrainer, build
-from trl_qtarget.checks import refuse
-from trl_qtarget.config import TargetSFTConfig as Config
-from trl_qtarget.data import trajectories
+from trl_qtarget.data.collators import trajectories
+from trl_qtarget.training.checks import refuse
+from trl_qtarget.training.config import TargetSFTConfig as Config
 
 
 QUIET = {

@@ -11,8 +11,9 @@ from test_loss import TARGETS, TAUGHT, both, case, close, dense, extras, sparse_
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from trl_qtarget import PRESETS, ProjectedLogits, build, qtarget_loss, reference_loss
-from trl_qtarget.kernels import chunked, tiles_for
-from trl_qtarget.loss import LabelCount
+from trl_qtarget.loss import chunked
+from trl_qtarget.loss.backends import tiles_for
+from trl_qtarget.loss.fused import LabelCount
 
 
 pytest.importorskip("triton")

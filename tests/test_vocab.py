@@ -11,8 +11,9 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from trl_qtarget import TargetSFTConfig, TargetSFTTrainer
-from trl_qtarget.checks import compare_tokenizers
-from trl_qtarget.teachers.vocab import PROBES, Agreement, KnownIds, common_columns, compare, texts_of
+from trl_qtarget.data.known_ids import KnownIds
+from trl_qtarget.teachers.vocab import PROBES, Agreement, common_columns, compare, texts_of
+from trl_qtarget.training.checks import compare_tokenizers
 
 
 SPECIALS = ["<|pad|>", "<|im_start|>", "<|im_end|>"]

@@ -8,25 +8,25 @@ __version__ = "0.1.0"
 
 # Where each public name lives. They are imported when first used, so that the command line answers at once.
 _HOMES = {
-    "config": ["TargetSFTConfig"],
-    "trainer": ["TargetSFTTrainer"],
-    "loss": ["qtarget_loss", "QTargetOutput"],
-    "target": ["Target", "Residual", "Tokens", "UNIFORM", "STUDENT", "TEACHER"],
-    "presets": ["PRESETS", "preset", "build"],
-    "teachers.base": ["TeacherLogits", "ProjectedLogits", "TopKLogits"],
-    "reference": ["reference_loss", "induced_target"],
+    "training.config": ["TargetSFTConfig"],
+    "training.trainer": ["TargetSFTTrainer"],
+    "loss.fused": ["qtarget_loss", "QTargetOutput"],
+    "theory.target": ["Target", "Residual", "Tokens", "UNIFORM", "STUDENT", "TEACHER"],
+    "theory.presets": ["PRESETS", "preset", "build"],
+    "loss.teacher": ["TeacherLogits", "ProjectedLogits", "TopKLogits"],
+    "theory.reference": ["reference_loss", "induced_target"],
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 __all__ = sorted(_HOME)
 
 if _TYPE_CHECKING:
-    from .config import TargetSFTConfig
-    from .loss import QTargetOutput, qtarget_loss
-    from .presets import PRESETS, build, preset
-    from .reference import induced_target, reference_loss
-    from .target import STUDENT, TEACHER, UNIFORM, Residual, Target, Tokens
-    from .teachers.base import ProjectedLogits, TeacherLogits, TopKLogits
-    from .trainer import TargetSFTTrainer
+    from .loss.fused import QTargetOutput, qtarget_loss
+    from .loss.teacher import ProjectedLogits, TeacherLogits, TopKLogits
+    from .theory.presets import PRESETS, build, preset
+    from .theory.reference import induced_target, reference_loss
+    from .theory.target import STUDENT, TEACHER, UNIFORM, Residual, Target, Tokens
+    from .training.config import TargetSFTConfig
+    from .training.trainer import TargetSFTTrainer
 
 
 def __getattr__(name: str):

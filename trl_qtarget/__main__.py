@@ -1,6 +1,6 @@
 """`python -m trl_qtarget` is `trl-qtarget`."""
 
-from .cli import main
+from .cli.main import main
 
 
 if __name__ == "__main__":

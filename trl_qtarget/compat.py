@@ -125,7 +125,7 @@ def report() -> None:
 def _machine() -> Iterator[str]:
     import torch
 
-    from .kernels import tiles_for
+    from .loss.backends import tiles_for
 
     device = torch.device("cuda" if torch.cuda.is_available() else "xpu" if torch.xpu.is_available() else "cpu")
     yield f"platform {platform.platform()}"

@@ -16,7 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_qtarget import build
-from trl_qtarget.reference import dense_tokens, pool
+from trl_qtarget.theory.reference import dense_tokens, pool
 
 
 QUICKSTART = Path(__file__).parents[1] / "quickstart"

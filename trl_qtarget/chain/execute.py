@@ -95,7 +95,7 @@ def execute(
     Raises:
         StepZero: it was stopped after its first step.
     """
-    from ..scripts.launching import children_stopped
+    from ..options.launching import children_stopped
 
     environment = os.environ | {MARK: str(stage.folder.resolve()), "PYTHONUNBUFFERED": "1"}
     call = [sys.executable, "-m", "trl_qtarget", *words]

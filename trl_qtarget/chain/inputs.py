@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..evaluation import preferences
-from ..scripts.reading import nearest
+from ..options.reading import nearest
 from .plan import OUTPUT, Stage, plain
 
 

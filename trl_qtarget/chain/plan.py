@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from ..scripts.reading import load, nearest
+from ..options.reading import load, nearest
 
 
 OUTPUT = {  # a command's output in its stage's folder
@@ -188,7 +188,7 @@ def _mapping(node: yaml.Node | None, where: str) -> tuple[dict[str, yaml.Node], 
 
 def _secrets(defaults: dict[str, yaml.Node], drafts: list[Draft]) -> Iterator[tuple[str, str]]:
     """Settings that would put a secret into the files of stages."""
-    from ..scripts.settings import masked
+    from ..options.print_config import masked
 
     places = {"defaults": defaults} | {f"stage {draft.name}": draft.settings for draft in drafts}
     for where, settings in places.items():

@@ -20,9 +20,9 @@ import yaml
 from trl import DatasetMixtureConfig
 
 from ..evaluation import preferences
-from ..scripts import preflight
-from ..scripts.launching import make_launcher
-from ..scripts.parsing import StrictParser
+from ..options import preflight
+from ..options.launching import make_launcher
+from ..options.parsing import StrictParser
 from . import inputs
 from .plan import OWN, POLICIES, REFERENCED, Stage, plain
 

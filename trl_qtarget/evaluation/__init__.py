@@ -1,1 +1,4 @@
-"""What `trl-qtarget eval` is made of: problems and verifiers, models and their samples, the report."""
+"""Average@k: problems and verifiers, models and their samples, the report, and preferences for DPO.
+
+May import `files` and `user_code`.
+"""

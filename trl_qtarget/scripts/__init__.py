@@ -1,1 +1,4 @@
-"""The commands of `trl-qtarget`: one module each, with `make_parser` and `main`, as in `trl.scripts`."""
+"""The commands that are scripts, one module each with `make_parser` and `main`, as in `trl.scripts`.
+
+May import every room but `chain` and `cli`.
+"""

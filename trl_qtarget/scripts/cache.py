@@ -24,9 +24,9 @@ import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from trl_qtarget.scripts import sft
-from trl_qtarget.scripts.parsing import StrictParser, fail
-from trl_qtarget.scripts.preflight import no_data, no_model
+from ..options.parsing import StrictParser, fail
+from ..options.preflight import no_data, no_model
+from . import sft
 
 
 PROG = "trl-qtarget cache"
@@ -91,7 +91,7 @@ def run() -> None:
     found = mistakes(*parsed.values)
     if found:
         fail(PROG, *found)
-    from trl_qtarget.scripts.scoring import Scorer, dry_run, fill, verify
+    from ..scoring.recipe import Scorer, dry_run, fill, verify
 
     with tempfile.TemporaryDirectory() as unused:  # a trainer makes its output folder
         parsed.values[1].output_dir = unused

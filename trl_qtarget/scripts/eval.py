@@ -16,12 +16,12 @@ from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
-from trl_qtarget import __version__
-from trl_qtarget.evaluation import models, preferences, report
-from trl_qtarget.evaluation.problems import Problem, read_problems
-from trl_qtarget.evaluation.report import Result, Sample
-from trl_qtarget.evaluation.verifiers import MathVerifier, Verifier, find_verifier
-from trl_qtarget.scripts.parsing import StrictParser
+from .. import __version__
+from ..evaluation import models, preferences, report
+from ..evaluation.problems import Problem, read_problems
+from ..evaluation.report import Result, Sample
+from ..evaluation.verifiers import MathVerifier, Verifier, find_verifier
+from ..options.parsing import StrictParser
 
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -150,7 +150,7 @@ def evaluate(
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from trl_qtarget.evaluation.sampling import complete
+    from ..evaluation.sampling import complete
 
     start = time.perf_counter()
     model = models.load(subject, args.dtype, args.trust_remote_code)

@@ -10,7 +10,7 @@ import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from trl_qtarget.scripts.parsing import StrictParser, fail
+from ..options.parsing import StrictParser, fail
 
 
 PROG = "trl-qtarget merge"

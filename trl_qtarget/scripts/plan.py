@@ -19,12 +19,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from trl_qtarget import TargetSFTConfig
-from trl_qtarget.advice import advise
-from trl_qtarget.planning import MOMENTS, Engine, Run, parts, peak, totals
-from trl_qtarget.scripts import sft
-from trl_qtarget.scripts.parsing import Parsed, StrictParser
-from trl_qtarget.scripts.preflight import no_models
+from ..options.parsing import Parsed, StrictParser
+from ..options.preflight import no_models
+from ..planning.advice import advise
+from ..planning.memory import MOMENTS, Engine, Run, parts, peak, totals
+from ..training.config import TargetSFTConfig
+from . import sft
 
 
 PROG = "trl-qtarget plan"
@@ -86,8 +86,8 @@ def main(parsed: Parsed) -> int:
     Raises:
         ValueError: a configuration that cannot be read, or an engine that is not counted.
     """
-    from trl_qtarget.scripts.counting import adapted, run_of
-    from trl_qtarget.scripts.launching import launched_as
+    from ..options.launching import launched_as
+    from ..planning.sizes import adapted, run_of
 
     training_args, plan_args = parsed.values[1], parsed.values[4]
     run = run_of(*parsed.values, engine=engine_of(launched_as(parsed.launch), training_args))

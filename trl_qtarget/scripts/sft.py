@@ -52,9 +52,10 @@ from typing import Any
 
 from trl import ScriptArguments
 
-from trl_qtarget.scripts.launching import accelerate_configs, make_launcher
-from trl_qtarget.scripts.parsing import StrictParser, fail
-from trl_qtarget.scripts.preflight import checkpoint, mistakes
+from ..data.loading import load_splits
+from ..options.launching import accelerate_configs, make_launcher
+from ..options.parsing import StrictParser, fail
+from ..options.preflight import checkpoint, mistakes
 
 
 PROG = "trl-qtarget sft"
@@ -75,8 +76,8 @@ class ConversationArguments(ScriptArguments):
     def __post_init__(self):
         if self.dataset_conversation is None:
             return
-        from trl_qtarget.config import as_mapping
-        from trl_qtarget.scripts.conversations import check
+        from ..data.conversations import check
+        from ..training.config import as_mapping
 
         self.dataset_conversation = as_mapping("dataset_conversation", self.dataset_conversation)
         check(self.dataset_conversation)
@@ -99,7 +100,7 @@ def make_trainer(script_args, training_args, model_args, dataset_args):
     """As TRL's script makes its own."""
     from trl import get_peft_config, get_quantization_config
 
-    from trl_qtarget import TargetSFTTrainer
+    from ..training.trainer import TargetSFTTrainer
 
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
@@ -130,42 +131,6 @@ def train(trainer, script_args, training_args) -> None:
         trainer.end()
 
 
-def load_splits(script_args, training_args, dataset_args) -> tuple[Any, Any]:
-    """The training data, and what it is evaluated on if it is."""
-    data = _load_data(script_args, dataset_args)
-    evaluates = training_args.eval_strategy != "no"
-    return (
-        _split(data, "dataset_train_split", script_args),
-        _split(data, "dataset_test_split", script_args) if evaluates else None,
-    )
-
-
-def _load_data(script_args, dataset_args) -> Any:
-    from datasets import load_dataset
-    from trl import get_dataset
-
-    if not dataset_args.datasets:
-        name, config = script_args.dataset_name, script_args.dataset_config
-        return load_dataset(name, name=config, streaming=script_args.dataset_streaming)
-    if script_args.dataset_name:
-        warnings.warn("`datasets` and `dataset_name` are both given: `datasets` is used.", stacklevel=2)
-    return get_dataset(dataset_args)
-
-
-def _split(data: Any, option: str, script_args) -> Any:
-    name = getattr(script_args, option)
-    if name not in data:
-        raise ValueError(
-            f"The data has no split {name!r}, it has {', '.join(map(repr, data))}: pass --{option}, or for the test "
-            "split of `datasets` set test_split_size."
-        )
-    if script_args.dataset_conversation is None:
-        return data[name]
-    from trl_qtarget.scripts.conversations import converse
-
-    return converse(data[name], script_args.dataset_conversation)
-
-
 def make_parser(
     subparsers: argparse._SubParsersAction | None = None,
     prog: str | None = None,
@@ -175,7 +140,7 @@ def make_parser(
     """The options of a training recipe, and those of `more` dataclasses; `config` may stand for `TargetSFTConfig`."""
     from trl import DatasetMixtureConfig, ModelConfig, SFTConfig
 
-    from trl_qtarget import TargetSFTConfig
+    from ..training.config import TargetSFTConfig
 
     has_overwrite = "overwrite_output_dir" in TargetSFTConfig.__dataclass_fields__  # Transformers 4
     script = ConversationArguments if has_overwrite else SFTScriptArguments

@@ -20,11 +20,12 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from ..compat import prepare_frozen, shards_weights
-from ..head import install, read_teacher
-from ..kernels.products import wide
-from ..target import Target
-from .base import ProjectedLogits
-from .loading import base_model, revision_of, shares_base
+from ..loss.products import wide
+from ..loss.teacher import ProjectedLogits
+from ..model.adapters import base_model
+from ..model.forward import install, read_teacher
+from ..theory.target import Target
+from .loading import revision_of, shares_base
 from .placement import OnHost
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from ..compat import shards_weights
-from .base import ProjectedLogits
+from ..loss.teacher import ProjectedLogits
 
 
 class OnHost:

@@ -1,0 +1,75 @@
+"""`dataset_conversation`: what is asked and what is answered, written from the columns of any dataset.
+
+    dataset_conversation:
+      user: "{problem}\nPut your final answer within \\boxed{{}}."
+      assistant: "{solution}"
+
+Fields are those of `str.format`: a column, or a part of one as in `{messages[1][content]}`; write other braces twice.
+"""
+
+from collections.abc import Mapping
+from string import Formatter
+from typing import Any
+
+from .columns import TOKEN_COLUMNS
+
+
+ROLES = ("system", "user", "assistant")
+NAME = "dataset_conversation"
+
+
+class _Filler(Formatter):
+    """`str.format`, where a value that a row does not have is a mistake and not the word None."""
+
+    def format_field(self, value: Any, format_spec: str) -> str:
+        if value is None:
+            raise ValueError("a row has no value there")
+        return super().format_field(value, format_spec)
+
+
+def check(conversation: Any) -> None:
+    """Refuse what could be no conversation whatever the data are.
+
+    Raises:
+        ValueError: a role that is unknown or missing, or a text that is no template.
+    """
+    if not isinstance(conversation, Mapping) or not {"user", "assistant"} <= conversation.keys() <= set(ROLES):
+        raise ValueError(f"{NAME} must have a text for user, assistant and, if wanted, system; got {conversation!r}.")
+    for role, text in conversation.items():
+        if not isinstance(text, str):
+            raise ValueError(f"{NAME}: {role} must be a text with columns in braces, got {text!r}.")
+        try:
+            fields = [field for _, field, _, _ in Formatter().parse(text) if field is not None]
+        except ValueError as mistake:
+            raise ValueError(f"{NAME}: {role} is no template ({mistake}); write other braces twice.") from None
+        if any(not field or field[0].isdigit() for field in fields):
+            raise ValueError(f"{NAME}: {role} has braces without a column; write other braces twice.")
+
+
+def converse(dataset: Any, conversation: Mapping[str, str]) -> Any:
+    """`dataset` as conversations in prompt and completion; besides those only columns of numbers for tokens are left.
+
+    Raises:
+        ValueError: a column that the data do not have, or a row without a value.
+    """
+    first = next(iter(dataset), None)
+    if first is None:
+        return dataset
+    _written(first, conversation)  # before anything is written for all rows
+    unread = [column for column in first if column not in TOKEN_COLUMNS]
+    return dataset.map(_written, fn_kwargs={"conversation": conversation}, remove_columns=unread)
+
+
+def _written(row: Mapping[str, Any], conversation: Mapping[str, str]) -> dict[str, list[dict[str, str]]]:
+    said = {role: _fill(role, conversation[role], row) for role in ROLES if role in conversation}
+    turns = [{"role": role, "content": content} for role, content in said.items()]
+    return {"prompt": turns[:-1], "completion": turns[-1:]}
+
+
+def _fill(role: str, text: str, row: Mapping[str, Any]) -> str:
+    try:
+        return _Filler().vformat(text, (), row)
+    except (LookupError, AttributeError, TypeError, ValueError) as mistake:
+        raise ValueError(
+            f"{NAME}: {role} cannot be written from the data ({mistake}); the columns are {', '.join(row)}."
+        ) from None

@@ -1,0 +1,190 @@
+"""From a recipe to the sizes that `planning` calculates with: models are made on the meta device, without memory."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from peft import PeftModel, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from trl import get_peft_config
+
+from ..cache.shards import read_manifest
+from ..model.adapters import adapter_config, base_model
+from ..teachers.loading import shares_base
+from ..theory.target import Target
+from .advice import CACHED_IDS
+from .memory import Engine, Run, Size, Teacher
+
+
+QUANTIZED = {"load_in_4bit": 0.5 + 4 / 64, "load_in_8bit": 1.0}  # bytes of a weight, with a scale for every 64
+
+
+def run_of(script_args, training_args, model_args, dataset_args, plan_args, engine: Engine) -> Run:
+    """A recipe as far as memory is concerned.
+
+    Raises:
+        ValueError: a configuration that cannot be read.
+    """
+    args, half = training_args, bool(training_args.bf16 or training_args.fp16)
+    if model_args.use_peft:
+        model = with_adapters(model_args, args)
+    else:
+        model = on_meta(model_args.model_name_or_path, model_args.model_revision, args)
+    itemsize = _itemsize((args.model_init_kwargs or {}).get("dtype", model_args.dtype), base_model(model))
+    student = size_of(model, itemsize, _quantized(model_args))
+    packed = args.padding_free or (args.packing and args.packing_strategy != "wrapped")
+    target = args.target()
+    return Run(
+        student=student,
+        rows=args.per_device_train_batch_size,
+        row_tokens=plan_args.row_tokens or args.max_length,
+        engine=engine,
+        accumulation=args.gradient_accumulation_steps,
+        half=half,
+        checkpointing=bool(args.gradient_checkpointing),
+        state=optimizer_state(args.optim),
+        teacher=_teacher(args, target, student, model, itemsize, half),
+        cached_ids=_cached_ids(args) if target.reads_logits() else 0,
+        chunk_size=args.qtarget_chunk_size,
+        device="cpu" if args.use_cpu else "cuda",
+        cacheable=target.residual.teacher == 0 or target.residual.student + target.residual.teacher == 1,
+        splits_rows=not packed,
+    )
+
+
+def adapted(run: Run, script_args, training_args, model_args, *_: Any) -> Run:
+    """The same, knowing what adapters would make of it, where PEFT knows where to put them."""
+    if model_args.use_peft:
+        return run
+    try:
+        model = with_adapters(model_args, training_args)
+    except ValueError:  # no `target_modules` for this architecture
+        return run
+    return replace(run, with_lora=size_of(model, run.student.itemsize, _quantized(model_args)))
+
+
+def on_meta(name: str, revision: str | None, args: Any) -> PreTrainedModel:
+    """A model that has shapes and no memory, of the architecture that its configuration names."""
+    trust = {"trust_remote_code": args.trust_remote_code}
+    try:
+        config = AutoConfig.from_pretrained(name, revision=revision or "main", **trust)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0].rstrip(".")
+        raise ValueError(
+            f"the configuration of {name!r} cannot be read ({reason}): check the name, or download it first."
+        ) from None
+    architecture = getattr(transformers, (config.architectures or [""])[0], None)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, **trust) if architecture is None else architecture(config)
+
+
+def with_adapters(model_args: Any, args: Any) -> Any:
+    """The same with the adapters of the recipe, or with those that `use_peft` alone would give it."""
+    model = on_meta(model_args.model_name_or_path, model_args.model_revision, args)
+    config: Any = get_peft_config(replace(model_args, use_peft=True))
+    with torch.device("meta"):
+        return get_peft_model(model, config)
+
+
+def size_of(model: Any, itemsize: int, quantized: float | None = None) -> Size:
+    """Counts of a model whose weights are loaded in `itemsize` bytes; PEFT keeps adapters in float32."""
+    base, adapters = base_model(model), model is not base_model(model)
+    text = base.config.get_text_config()
+    ends: Any = base.get_output_embeddings(), base.get_input_embeddings()
+    head, embedding = (end.weight for end in ends)
+    parameters = list(model.parameters())
+    trained = sum(p.numel() for p in parameters if p.requires_grad)
+    frozen = sum(p.numel() for p in parameters) - trained
+    matrices = [p for p in parameters if p.ndim > 1 and p is not head and p is not embedding]
+    frozen_bytes = frozen * itemsize
+    if quantized is not None:
+        frozen_bytes += int(sum(p.numel() for p in matrices if not p.requires_grad) * (quantized - itemsize))
+    return Size(
+        frozen=frozen,
+        trained=trained,
+        linear=sum(p.numel() for p in matrices),
+        rows=head.shape[0],
+        width=head.shape[1],
+        layers=text.num_hidden_layers,
+        inner=_inner(text),
+        frozen_bytes=frozen_bytes,
+        itemsize=(2 if quantized else 4) if adapters else itemsize,
+        tied=head is embedding,
+        head_trained=head.requires_grad,
+    )
+
+
+def _inner(text: Any) -> int:
+    """What a layer keeps of a token: inputs of attention and MLP, q, k, v, attended values, four of the MLP's."""
+    D, heads = text.hidden_size, text.num_attention_heads
+    head_dim = getattr(text, "head_dim", None) or D // heads
+    kv = getattr(text, "num_key_value_heads", None) or heads
+    mlp = getattr(text, "intermediate_size", None) or 4 * D
+    experts = getattr(text, "num_experts_per_tok", None)
+    if experts:
+        mlp = experts * (getattr(text, "moe_intermediate_size", None) or mlp)
+    return 2 * D + 2 * head_dim * (heads + kv) + 4 * mlp
+
+
+def _quantized(model_args: Any) -> float | None:
+    """Bytes of a quantized weight, where the recipe quantizes."""
+    return next((size for option, size in QUANTIZED.items() if getattr(model_args, option)), None)
+
+
+def _itemsize(dtype: Any, model: PreTrainedModel) -> int:
+    """Bytes of a number of a `dtype` as recipes name it."""
+    found = model.config.dtype if dtype == "auto" else dtype
+    found = getattr(torch, found) if isinstance(found, str) else found
+    return (found or torch.float32).itemsize
+
+
+def optimizer_state(name: Any) -> tuple[float, int | None]:
+    """Numbers a parameter, and their bytes if they are not those of the parameter; of an unknown one, AdamW's."""
+    name = getattr(name, "value", str(name))
+    itemsize = 1 if "8bit" in name else None
+    if name in ("sgd", "adafactor"):
+        return 0, itemsize
+    if any(kind in name for kind in ("lion", "rmsprop", "adagrad")):
+        return 1, itemsize
+    return 3 if "ademamix" in name else 2, itemsize
+
+
+def _teacher(args: Any, target: Target, student: Size, model: Any, itemsize: int, half: bool) -> Teacher | None:
+    """The second model, where the loss reads one in the process."""
+    options: dict[str, Any] = {"dense": target.reads_logits(), "rows": args.teacher_batch_size}
+    compute = 2 if half else itemsize
+    if "snapshot" in target.needs:
+        return Teacher(student, student.trained * student.itemsize, compute, stands_apart=False, **options)
+    if not target.reads_model() or args.teacher_cache is not None:
+        return None
+    if args.teacher_ema_decay is not None:
+        return Teacher(student, student.trained * 4, compute, stands_apart=False, **options)
+    options["offloaded"] = args.teacher_offload
+    name, revision = args.teacher_model_name_or_path, args.teacher_model_revision
+    if name is None and isinstance(model, PeftModel):
+        return Teacher(student, 0, compute, stands_apart=False, **options)
+    if name is None:
+        return Teacher(student, student.parameters * itemsize, itemsize, is_reference=True, **options)
+    adapter = adapter_config(name, revision)
+    if adapter is not None and shares_base(model, name, args):
+        before = sum(p.numel() for p in model.parameters())
+        with torch.device("meta"):
+            model.add_adapter("teacher", adapter)
+        own = sum(p.numel() for p in model.parameters()) - before
+        return Teacher(student, own * 4, compute, stands_apart=False, **options)
+    if adapter is not None:
+        name, revision = adapter.base_model_name_or_path, adapter.revision
+    other = on_meta(name, revision, args)
+    given = (args.teacher_model_init_kwargs or {}).get("dtype", "bfloat16" if half else "float32")
+    size = size_of(other, _itemsize(given, other))
+    return Teacher(size, size.parameters * size.itemsize, size.itemsize, **options)
+
+
+def _cached_ids(args: Any) -> int:
+    """K of the cache, or its default while there is no cache; 0 of a teacher in the process."""
+    if args.teacher_cache is None:
+        return 0
+    folder = Path(args.teacher_cache)
+    return read_manifest(folder)["settings"]["k"] if folder.is_dir() else CACHED_IDS

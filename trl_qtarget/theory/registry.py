@@ -1,0 +1,196 @@
+"""Losses by name: the `@preset` decorator, the checks of a preset's arguments, and `build`.
+
+A preset's arguments are its function's signature. Their ranges are part of their types, so that one place holds the
+default, the range and what the messages say.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, cast, get_args, get_origin, get_type_hints
+
+from .. import user_code
+from .target import Target
+
+
+@dataclass(frozen=True)
+class Range:
+    """What a number must satisfy, and how to say so: `text` has `{}` where the argument's name goes."""
+
+    text: str
+    holds: Callable[[float], bool]
+
+
+AnyReal = Annotated[float, Range("a finite {}", math.isfinite)]
+NonNegative = Annotated[float, Range("0 <= {} < inf", lambda x: 0 <= x < math.inf)]
+Positive = Annotated[float, Range("0 < {} < inf", lambda x: 0 < x < math.inf)]
+Share = Annotated[float, Range("0 <= {} <= 1", lambda x: 0 <= x <= 1)]
+PositiveShare = Annotated[float, Range("0 < {} <= 1", lambda x: 0 < x <= 1)]
+Count = Annotated[int, Range("a whole {} >= 1", lambda x: x >= 1)]
+Several = Annotated[int, Range("a whole {} >= 2", lambda x: x >= 2)]
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A named loss: a function from checked arguments to a `Target`, and where it comes from."""
+
+    name: str
+    make: Callable[..., Target]
+    paper: str = "-"
+
+    @property
+    def summary(self) -> str:
+        return inspect.cleandoc(self.make.__doc__ or self.name).split("\n\n")[0]
+
+    @property
+    def formula(self) -> str:
+        paragraphs = inspect.cleandoc(self.make.__doc__ or "").split("\n\n")
+        return paragraphs[1] if len(paragraphs) > 1 else ""
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        return {name: p.default for name, p in inspect.signature(self.make).parameters.items()}
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """What the loss needs at its default arguments."""
+        return self.build().needs if inspect.Parameter.empty not in self.defaults.values() else ()
+
+    @property
+    def hints(self) -> dict[str, Any]:
+        """Types of the arguments; none where a user's module holds what only its type checker can resolve."""
+        try:
+            return get_type_hints(self.make, include_extras=True)
+        except NameError:
+            return {}
+
+    def build(self, **kwargs: Any) -> Target:
+        """The target, from checked arguments.
+
+        Raises:
+            ValueError: an argument that the loss does not take, or one out of its range.
+        """
+        unknown = [name for name in kwargs if name not in self.defaults]
+        if unknown:
+            takes = ", ".join(self.defaults) or "no arguments"
+            raise ValueError(f"Loss {self.name!r} takes {takes}, not {', '.join(unknown)}.")
+        absent = [n for n, default in self.defaults.items() if default is inspect.Parameter.empty and n not in kwargs]
+        if absent:
+            raise ValueError(f"Loss {self.name!r} needs a value for {', '.join(absent)}: pass it in loss_kwargs.")
+        target = self.make(**{name: self._checked(name, value) for name, value in kwargs.items()})
+        if not isinstance(target, Target):
+            raise ValueError(f"Loss {self.name!r} must return a Target, it returned {type(target).__name__}.")
+        return target
+
+    def _checked(self, name: str, value: Any) -> Any:
+        hint = self.hints.get(name)
+        if get_origin(hint) is Literal and value not in get_args(hint):
+            accepted = " or ".join(repr(choice) for choice in get_args(hint))
+            raise ValueError(f"Loss {self.name!r} needs {name} to be {accepted}, got {value!r}.")
+        if get_origin(hint) is not Annotated:
+            return value
+        number, accepted = get_args(hint)
+        try:
+            # YAML reads 1e-3 as a string; a bool is a number to Python alone
+            converted = None if isinstance(value, bool) else number(value)
+        except (TypeError, ValueError, OverflowError):
+            converted = None
+        if converted is None or (number is int and converted != float(value)) or not accepted.holds(converted):
+            raise ValueError(f"Loss {self.name!r} needs {accepted.text.format(name)}, got {value!r}.")
+        return converted
+
+
+PRESETS: dict[str, Preset] = {}
+
+
+def preset(name: str, paper: str = "-") -> Callable[[Callable[..., Target]], Callable[..., Target]]:
+    """Register the decorated function under `name`; `paper` is an arXiv id. The function itself is returned.
+
+    Raises:
+        ValueError: another function has that name.
+    """
+
+    def register(make: Callable[..., Target]) -> Callable[..., Target]:
+        # a module that is loaded twice registers the same function again, which is no conflict
+        if name in PRESETS and _origin(PRESETS[name].make) != _origin(make):
+            raise ValueError(f"A loss named {name!r} exists already: register yours under another name.")
+        PRESETS[name] = Preset(name, make, paper)
+        return make
+
+    return register
+
+
+def _origin(function: Callable) -> tuple[str, str]:
+    return function.__code__.co_filename, function.__qualname__
+
+
+def find_preset(loss: str) -> Preset:
+    """The preset that `--loss` names: a known name, `my_module:my_loss`, `path/to/file.py:my_loss` or a file with one.
+
+    Raises:
+        ValueError: nothing of that name, with the nearest names.
+    """
+    if loss in PRESETS:
+        return PRESETS[loss]
+    if ":" in loss or loss.endswith(".py"):
+        return _find_in_module(loss)
+    guess = difflib.get_close_matches(loss.lower(), PRESETS, n=1)
+    hint = f" Did you mean {guess[0]!r}?" if guess else ""
+    raise ValueError(
+        f"Unknown loss {loss!r}.{hint} Known losses: {', '.join(sorted(PRESETS))}; "
+        "or a loss of your own as my_module:my_loss or my_losses.py:my_loss."
+    )
+
+
+def build(loss: str, /, **kwargs: Any) -> Target:
+    """The `Target` of a named loss: `build("target_sft", eta=0.25)`.
+
+    Raises:
+        ValueError: an unknown name, an argument it does not take, or a value out of range; the message says which are.
+    """
+    return find_preset(loss).build(**kwargs)
+
+
+def _find_in_module(loss: str) -> Preset:
+    source, name = user_code.split(loss)
+    before = set(PRESETS)
+    try:
+        module = user_code.load(source)
+    except user_code.NotFound as reason:
+        raise ValueError(
+            f"Unknown loss {loss!r}: {reason}. Give my_module:my_loss, or my_losses.py:my_loss for a file."
+        ) from None
+    own = [p for p in PRESETS.values() if p.make.__module__ == module.__name__]
+    if not name:
+        if len(own) != 1:
+            names = ", ".join(sorted(p.name for p in own)) or "none"
+            raise ValueError(f"{source} registers these losses: {names}. Say which, as {source}:NAME.")
+        return own[0]
+    made: Any = getattr(module, name, None)
+    by_name = {p.name: p for p in own}
+    if name in by_name:
+        return by_name[name]
+    if made is not None and not _makes_a_target(made, module):
+        raise ValueError(
+            f"{loss} has no decorator @preset, and no annotation that says that it returns a Target: add one of the "
+            "two, so that no recipe can call what is no loss."
+        )
+    if made is None:
+        choices = sorted({*by_name, *(set(PRESETS) - before)}) or [n for n in vars(module) if not n.startswith("_")]
+        guess = difflib.get_close_matches(name, choices, n=1)
+        hint = f" Did you mean {source}:{guess[0]}?" if guess else ""
+        raise ValueError(f"{source} has no loss {name!r}.{hint}")
+    return next((p for p in own if p.make is made), Preset(loss, cast(Any, made)))
+
+
+def _makes_a_target(made: Any, module: Any) -> bool:
+    """Whether it is meant as a loss: a function of this very module that says it returns a Target.
+
+    A recipe names a loss by text, and a text must not be able to call whatever a module happens to hold.
+    """
+    returns = getattr(made, "__annotations__", {}).get("return")
+    return getattr(made, "__module__", None) == module.__name__ and returns in (Target, "Target")

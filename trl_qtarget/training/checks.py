@@ -1,0 +1,248 @@
+"""What a trainer refuses before it touches any data: options that would be ignored, or that cannot be right."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import warnings
+from collections.abc import Iterable
+from itertools import islice
+from typing import Any
+
+import torch
+from accelerate.logging import get_logger
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from .. import compat
+from ..model.adapters import adapters_of, adapts_head, base_model, has_virtual_tokens
+from ..teachers.vocab import PROBES, Agreement, compare, texts_of
+from ..theory.reference import IGNORE
+from ..theory.target import Target
+from .config import TargetSFTConfig
+
+
+PROBED_ROWS = 3  # of the data, through both tokenizers
+
+logger = get_logger(__name__)
+
+
+def compare_tokenizers(
+    model: Any, teacher: Any, processing_class: Any, args: TargetSFTConfig, rows: Iterable[Any] = ()
+) -> Agreement | None:
+    """What both tokenizers agree on, None where one cannot be found: models made in memory have none.
+
+    Refuses a teacher of other token ids, and one that splits the probes or the first rows of the data differently;
+    warns of tokens that only one side knows.
+    """
+    names = [m if isinstance(m, str) else m.config._name_or_path for m in (model, teacher)]
+    student = getattr(processing_class, "tokenizer", processing_class)
+    if student is None:
+        student = _tokenizer_of(names[0], None, args)
+    taught = _tokenizer_of(names[1], args.teacher_model_revision, args)
+    if names[1] and taught is None:
+        warnings.warn(f"No tokenizer beside the teacher {names[1]!r}: its ids are not checked.", stacklevel=3)
+    if student is None or taught is None:
+        return None
+    agreement = compare(student, taught, [*PROBES, *texts_of(list(islice(rows, PROBED_ROWS)), student)])
+    if agreement.one_sided():
+        warnings.warn(
+            f"Tokens of one side: {agreement.one_sided()}. Student and teacher are compared over their "
+            f"{agreement.common:,} common ids; others may not be labels, and the teacher misreads them in a prompt.",
+            stacklevel=3,
+        )
+    return agreement
+
+
+def _tokenizer_of(name: str, revision: str | None, args: TargetSFTConfig) -> Any:
+    """The tokenizer beside a model, None where there is none."""
+    if not name:
+        return None
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=args.trust_remote_code)
+    except (OSError, ValueError, ImportError, TypeError):  # the last two where transformers 4 finds no file to read
+        return None
+    # beside many a model without a tokenizer, transformers 5 finds one that knows its special tokens and nothing else
+    return tokenizer if tokenizer.get_vocab().keys() - tokenizer.get_added_vocab().keys() else None
+
+
+def refuse(args: TargetSFTConfig, target: Target, teacher: Any, kwargs: dict[str, Any]) -> None:
+    """What would be ignored in silence, or cannot be right; said before any data is tokenized."""
+    loss = args.loss
+    cached = args.teacher_cache is not None
+    if "teacher" in target.needs and teacher is None and not cached:
+        raise ValueError(
+            f"Loss {loss!r} needs a teacher: pass --teacher_model_name_or_path, --teacher_cache, or teacher_model=."
+        )
+    takes_model = target.reads_model()
+    residual = target.residual
+    if cached and residual.teacher != 0 and residual.student + residual.teacher != 1:
+        raise ValueError(
+            f"Loss {loss!r} takes a residual whose exponents do not sum to one, which needs all of the teacher's "
+            "columns and not the most probable of a cache: pass --teacher_model_name_or_path instead."
+        )
+    if (teacher is not None or cached) and not takes_model:
+        warnings.warn(f"Loss {loss!r} takes no teacher: the one given is not used.", stacklevel=3)
+    if kwargs.get("compute_loss_func") is not None:
+        raise ValueError(
+            "compute_loss_func would replace the loss. Write yours as a preset and pass --loss my_module:my_loss."
+        )
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"{args.n_gpu} GPUs are visible to one process, and nn.DataParallel would score all parts of a batch "
+            "with the first model. Launch with accelerate or torchrun, or set CUDA_VISIBLE_DEVICES to one GPU."
+        )
+    _refuse_parallelism(args, target)
+    if target.whole_batch and (args.packing or args.eval_packing) and args.packing_strategy == "wrapped":
+        raise ValueError(
+            f"Loss {loss!r} cannot tell trajectories apart in wrapped packing: set packing_strategy to 'bfd'."
+        )
+
+
+def _refuse_parallelism(args: TargetSFTConfig, target: Target) -> None:
+    """Ways to split one sequence or one layer over ranks under which this loss would be wrong, or was never seen."""
+    config = compat.parallelism_config(args)
+    parts = compat.sequence_parallel_size(config)
+    second_model = target.reads_model() or "snapshot" in target.needs
+    if parts > 1 and (second_model or target.whole_batch):
+        raise ValueError(
+            f"Loss {args.loss!r} cannot be trained with sequence parallelism: a second model would attend within each "
+            "rank's part of the sequence only. Use a loss without teacher or reference, or sp_size=1."
+        )
+    if parts > 1 and not args.average_tokens_across_devices:
+        raise ValueError(
+            "With sequence parallelism no rank has sequences of its own to average over: leave "
+            "average_tokens_across_devices at true."
+        )
+    for name, kind in (("cp_size", "Context"), ("tp_size", "Tensor")):
+        if (getattr(config, name, None) or 1) > 1:
+            raise ValueError(
+                f"{kind} parallelism ({name}={getattr(config, name)}) is not verified with the losses of trl_qtarget: "
+                f"set {name}=1, and shard with FSDP2 or ZeRO-3 instead."
+            )
+
+
+def refuse_placement(args: TargetSFTConfig, target: Target) -> None:
+    """Ways to keep or read a second model, where there is none or it cannot be read so."""
+    asked = [name for name in ("teacher_offload", "teacher_batch_size") if getattr(args, name)]
+    second_model = target.reads_model() or "snapshot" in target.needs
+    if asked and (args.teacher_cache is not None or not second_model):
+        why = "teacher_cache stands for it" if second_model else f"loss {args.loss!r} has none"
+        raise ValueError(f"{asked[0]} is for a teacher that is read in each step, and {why}: leave it out.")
+    if args.teacher_offload and args.device.type == "cpu":
+        raise ValueError("teacher_offload keeps the teacher in host memory, and this run is there: leave it out.")
+    if args.teacher_batch_size and (args.padding_free or (args.packing and args.packing_strategy != "wrapped")):
+        raise ValueError(
+            "teacher_batch_size is in rows, and packing or padding_free joins those of a micro-batch into one: lower "
+            "per_device_train_batch_size, or turn both off."
+        )
+
+
+def refuse_model(model: Any, teacher: Any, args: TargetSFTConfig, peft_config: Any) -> None:
+    """Models and adapters of which a part would not be trained, not be read, or be put elsewhere than was asked."""
+    _refuse_split_model(model, args.model_init_kwargs, "The student", args)
+    _refuse_split_model(teacher, args.teacher_model_init_kwargs, "The teacher", args)
+    if peft_config is not None and adapts_head(peft_config, _head_names(model)):
+        raise ValueError(
+            "An adapter on lm_head would never be trained, since the loss multiplies by the head's own weight: remove "
+            "it from target_modules, or put lm_head into modules_to_save."
+        )
+    for given, remedy in ((model, "train another adapter"), (teacher, "pass teacher.merge_and_unload()")):
+        if any(adapts_head(config, _head_names(given)) for config in adapters_of(given)):
+            raise ValueError(
+                f"The given PeftModel has an adapter on lm_head, which would be left out of its logits: {remedy}."
+            )
+    virtual = has_virtual_tokens(model) or getattr(peft_config, "is_prompt_learning", False)
+    if virtual and (args.padding_free or (args.packing and args.packing_strategy != "wrapped")):
+        raise ValueError(
+            "With prompt learning PEFT drops position_ids, and the rows that packing or padding_free join would read "
+            "each other: turn both off."
+        )
+    if virtual and compat.sequence_parallel_size(compat.parallelism_config(args)) > 1:
+        raise ValueError(
+            "With prompt learning each rank of a split sequence would get virtual tokens of its own: set sp_size=1, "
+            "or train a LoRA."
+        )
+    if args.activation_offloading and args.device.type == "cpu":
+        raise ValueError("activation_offloading moves activations to the CPU, and this run is there: leave it out.")
+
+
+def _refuse_split_model(model: Any, init_kwargs: Any, whose: str, args: TargetSFTConfig) -> None:
+    """One model over all devices of one process, under several processes."""
+    if args.distributed_state.distributed_type == "NO":
+        return
+    device_map = (
+        (init_kwargs or {}).get("device_map") if isinstance(model, str) else getattr(model, "hf_device_map", {})
+    )
+    if isinstance(device_map, str) or len(set((device_map or {}).values())) > 1:
+        raise ValueError(
+            f"{whose} has device_map={device_map!r}, which spreads it over the devices of one process, and this run "
+            "has several: leave device_map out, and each gets its copy, or its shard with FSDP or ZeRO-3."
+        )
+
+
+def _head_names(model: Any) -> list[str]:
+    """What the output head may be called in a configuration of adapters."""
+    if isinstance(model, str):
+        return ["lm_head"]
+    base = base_model(model)
+    head = base.get_output_embeddings()
+    return ["lm_head", *(name for name, module in base.named_modules() if module is head)]
+
+
+def refuse_sharded_prompt(model: Any, accelerator: Any) -> None:
+    """Virtual tokens under FSDP: PEFT saves what it computes of them, where no forward pass has gathered them."""
+    if has_virtual_tokens(model) and getattr(accelerator.state, "fsdp_plugin", None) is not None:
+        raise ValueError(
+            "With prompt learning PEFT cannot save virtual tokens that FSDP shards: train with DDP or ZeRO, or a LoRA."
+        )
+
+
+def refuse_images(model: Any, args: TargetSFTConfig) -> None:
+    """A model that would not see the images that the data has, or not those of its rows."""
+    if args.teacher_batch_size:
+        raise ValueError(
+            "teacher_batch_size splits a micro-batch into rows, and each model has its own way to say whose an image "
+            "is: lower per_device_train_batch_size instead."
+        )
+    if has_virtual_tokens(model):
+        raise ValueError("Prompt learning replaces the ids by which images are placed: train a LoRA instead.")
+    if "pixel_values" not in inspect.signature(base_model(model).forward).parameters:
+        raise ValueError(
+            f"The data has images, and {type(base_model(model)).__name__} reads none: it would take their "
+            "placeholders for text. Give a vision-language teacher of the student's own kind, or data without images."
+        )
+
+
+def mean_nll(log_p_y: Tensor, labels: Tensor, accelerator: Any, vocabulary: int) -> float:
+    """What the labels of a batch cost a teacher or reference, over all ranks; said aloud if guessing were better."""
+    learnt = labels != IGNORE
+    nll, tokens = accelerator.reduce(torch.stack([-log_p_y[learnt].float().sum(), learnt.sum().float()])).tolist()
+    mean = nll / max(tokens, 1)
+    if not mean <= math.log(vocabulary) + 0.01:  # or NaN; float32 sums may miss an even guess by less
+        logger.warning(
+            f"The teacher or reference gives the labels of the first batch {mean:.1f} nats a token, worse than an "
+            f"even guess among {vocabulary} tokens: is it the right model, with the right chat template?"
+        )
+    return mean
+
+
+def trusted_ids(tokenizer: Any, tokens: list[str]) -> list[int]:
+    """The ids of `trust_token_ids`: ids as they are, tokens, and "special" for all special tokens.
+
+    Raises:
+        ValueError: neither a token nor the id of one.
+    """
+    ids: set[int] = set()
+    for token in map(str, tokens):
+        if token == "special":
+            ids.update(tokenizer.all_special_ids)
+        elif token.isdigit() and int(token) < len(tokenizer):
+            ids.add(int(token))
+        elif token in tokenizer.get_vocab():
+            ids.add(tokenizer.convert_tokens_to_ids(token))
+        else:
+            raise ValueError(
+                f"trust_token_ids: {token!r} is no token of this tokenizer. Give ids, tokens or 'special'."
+            )
+    return sorted(ids)
