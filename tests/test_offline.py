@@ -13,11 +13,10 @@ import torch
 from datasets import Dataset
 from test_trainer import logged, same, teacher, train  # noqa: F401  (a fixture)
 
-from trl_qtarget import Residual, Target
+from trl_qtarget import Residual, Target, cli
 from trl_qtarget.cache.sequences import TokenSequence, sequences
 from trl_qtarget.cache.shards import CacheError, _sealed
 from trl_qtarget.cache.store import TeacherCache, readable, row_key
-from trl_qtarget.cli import main as cli
 from trl_qtarget.model.forward import install
 from trl_qtarget.scoring.score import score
 from trl_qtarget.scripts import cache as script

@@ -1,9 +1,8 @@
-"""Which tiles serve a device: `triton_tiles` where Triton drives it, `torch_tiles` elsewhere. They are twins:
+"""The choice of kernels: `triton_tiles` on devices that Triton drives, `torch_tiles` elsewhere. Both modules have
 
 rows(z, labels, residual, teacher, softcap)   statistics of some rows of logits, each (r,)
     .write_gradient(w_y, w_r, out)            the gradient, perhaps over the logits; its L1 norm (r,) or None
-block_rows(V, dtype, device)                  how many rows to hand over at once
-cap_(z, softcap)                              softcap * tanh(z / softcap), in place
+block_rows(V, dtype, device)                  the number of rows to pass to `rows` at once
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ def tiles_for(backend: str, device: Device) -> ModuleType:
     """The tiles for tensors on `device`.
 
     Raises:
-        ValueError: an unknown backend, or Triton where it cannot run.
+        ValueError: an unknown backend, or "triton" on a device or installation where Triton cannot run.
     """
     if backend not in BACKENDS:
         raise ValueError(f"Unknown backend {backend!r}: choose one of {', '.join(BACKENDS)}.")

@@ -1,11 +1,79 @@
-"""Numbers beside tokens."""
+"""The numbers beside each token: its label, and what the data or a second model say of it.
+
+A row of the dataset may carry these columns, with one number for each of its `input_ids` or one number for all:
+
+    token_weight        multiplies the loss of the token (`critical_token` reads it as its trust instead)
+    trust               replaces gamma, after `trust_floor` and `trust_token_ids`; null or NaN leave gamma to the loss
+    reference_log_p_y   log pi_ref of the token, so that losses such as iw_sft and prift load no reference
+    reference_mass      rank mass of the token under pi_ref, for prift with statistic="mass"
+
+One number for the whole row does not require a tokenized row.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..theory.reference import IGNORE
+from ..theory.target import Tokens
+
+
+TOKEN_COLUMNS = ("token_weight", "trust", "reference_log_p_y", "reference_mass")
+REFERENCE_COLUMNS = TOKEN_COLUMNS[2:]  # computed behind each row's own prefix, so they are wrong behind another one
+
 
 def shifted(x: Tensor, fill: float = 0) -> Tensor:  # (B, T)
-    """Each position gets the value of the token that comes next."""
+    """Move each number from its token to the position that predicts the token, one to the left."""
     return torch.nn.functional.pad(x[:, 1:], (0, 1), value=fill)
+
+
+def shifted_labels(batch: dict[str, Any]) -> Tensor:  # (B, T)
+    """The labels of a batch, each where it is predicted. Under sequence parallelism the batch has them shifted."""
+    return batch["shift_labels"] if "shift_labels" in batch else shifted(batch["labels"], fill=IGNORE)
+
+
+@dataclass(frozen=True)
+class PerToken:
+    """Columns of one number per token, all of one shape: (B, T) in a batch, (N,) inside the loss.
+
+    Each number lies at the position that predicts its token, beside the hidden state that the loss reads there.
+    """
+
+    labels: Tensor  # IGNORE where there is nothing to learn
+    token_weight: Tensor | None = None
+    trust: Tensor | None = None  # NaN where gamma is left to the loss
+    reference_log_p_y: Tensor | None = None  # nats
+    reference_mass: Tensor | None = None
+    trajectory: Tensor | None = None  # ids; None: all tokens are one trajectory
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def columns(self) -> dict[str, Tensor]:
+        """The columns that are given, by name; `labels` always is."""
+        named = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: column for name, column in named.items() if column is not None}
+
+    def flatten(self) -> PerToken:
+        """All tokens in one dimension, (N,)."""
+        return self._each(lambda column: column.reshape(-1))
+
+    def take(self, rows: Tensor | slice) -> PerToken:
+        """The columns of some of the tokens."""
+        return self._each(lambda column: column[rows])
+
+    def last(self, width: int) -> PerToken:
+        """The last `width` positions of each row, without the virtual tokens that prompt tuning puts before them."""
+        return self._each(lambda column: column[:, column.shape[1] - width :])
+
+    def tokens(self, log_p_y: Tensor, rows: Any) -> Tokens:
+        """What the rules of a target read of these tokens, beside their log_p_y and the statistics in `rows`."""
+        return Tokens.of(log_p_y, rows, **self.columns())
+
+    def _each(self, function: Callable[[Tensor], Tensor]) -> PerToken:
+        return PerToken(**{name: function(column) for name, column in self.columns().items()})

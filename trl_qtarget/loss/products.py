@@ -1,7 +1,7 @@
 """The matrix products of the loss, with float32 results from half-precision inputs.
 
-Rounding a product to half precision before it is summed biases training, so every product here accumulates and
-returns in float32 (float64 for float64 inputs), wherever the device can.
+Rounding a product to half precision before it is summed biases training, so every product here accumulates in float32
+(float64 for float64 inputs) and returns that type. CPUs round half-precision products, as torch has no other for them.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 
-FP16_GRADIENT_SCALE = 2.0**10  # float16 loses what is below 6e-8, and most of a vocabulary's gradient is
+FP16_GRADIENT_SCALE = 2.0**10  # float16 rounds numbers below 6e-8 to zero: most of a vocabulary's gradient
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -22,7 +22,7 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 @dataclass(frozen=True)
 class Head:
-    """A language-model head: `logits = softcap * tanh(scale * (h W^T + b) / softcap)`, the cap where there is one."""
+    """A language-model head: `logits = softcap * tanh(scale * (h W^T + b) / softcap)`; without softcap no tanh."""
 
     weight: Tensor  # (V, D)
     bias: Tensor | None = None  # (V,)
@@ -40,15 +40,15 @@ class Head:
 
 
 def gradient_dtype(hidden: Tensor) -> torch.dtype:
-    """The type in which a tile's gradient enters its two products: bfloat16 where they still add up in float32.
+    """The type in which a tile's gradient enters its two products: bfloat16 on CUDA, where they accumulate in float32.
 
-    float16 stays wide, since most of a vocabulary's gradient is below its smallest number.
+    Gradients of float16 models stay float32, since float16 would round most of a vocabulary's gradient to zero.
     """
     return torch.bfloat16 if hidden.is_cuda and hidden.dtype == torch.bfloat16 else wide(hidden.dtype)
 
 
 def multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """`out = a b`, added up in the type of `out` wherever the device can."""
+    """`out = a b`, accumulated in the type of `out` if the device can do so."""
     if a.dtype == out.dtype:
         torch.mm(a, b, out=out)
     elif a.is_cuda:
@@ -58,7 +58,7 @@ def multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
 
 
 def project(hidden: Tensor, head: Head, out: Tensor) -> Tensor:  # (n, D), head, (n, V) wide -> out
-    """Write `scale * (h W^T + b)` into `out`. The softcap is left to the tile, which walks it while it is cached."""
+    """Write `scale * (h W^T + b)` into `out`. Kernels apply the softcap later, to one block of rows at a time."""
     if head.bias is not None and hidden.dtype == out.dtype:
         torch.addmm(head.bias, hidden, head.weight.t(), out=out)
     else:
@@ -69,7 +69,7 @@ def project(hidden: Tensor, head: Head, out: Tensor) -> Tensor:  # (n, D), head,
 
 
 def hidden_gradient(gradient: Tensor, weight: Tensor, out: Tensor) -> None:  # (n, V), (V, D), (n, D) wide -> out
-    """Write `G W` into `out`, without the head's scale, which the caller folds into the last multiplication."""
+    """Write `G W` into `out`. The backward pass multiplies by the head's scale, together with the upstream scalar."""
     if weight.dtype != torch.float16:
         multiply(gradient.to(weight.dtype), weight, out)
     elif gradient.is_cuda:
@@ -77,14 +77,14 @@ def hidden_gradient(gradient: Tensor, weight: Tensor, out: Tensor) -> None:  # (
         multiply((gradient * boost).half(), weight, out)
         out.div_(boost)
     else:
-        torch.mm(gradient, weight.to(gradient.dtype), out=out)  # its float16 products would round to float16
+        torch.mm(gradient, weight.to(gradient.dtype), out=out)  # a CPU would round float16 products to float16
 
 
 def add_weight_gradient(
     gradient: Tensor,  # (n, V)
     hidden: Tensor,  # (n, D)
     out: Tensor,  # (V, D) wide
-    first: bool,  # nothing is there yet: write, which spares a pass over (V, D)
+    first: bool,  # overwrite `out`, which spares filling (V, D) with zeros
 ) -> None:
     """`out += G^T h`, without the head's scale."""
     if gradient.dtype == out.dtype:

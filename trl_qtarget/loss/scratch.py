@@ -1,7 +1,7 @@
-"""Memory for tiles that one call leaves to the next.
+"""Buffers for tiles, kept from one call of the loss to the next.
 
-On a CPU fresh pages are dear: touching them for the first time costs more than all passes over a tile. So the tiles of
-a thread are kept, few in number and none above `KEPT_BYTES`. Allocators of accelerators do it already.
+On a CPU the first write to fresh pages costs more than all passes over a tile. So each thread keeps its few tiles, as
+long as none is larger than `KEPT_BYTES`. Allocators of accelerators keep freed memory by themselves.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ KEPT_BYTES = 2**28
 
 
 class Kept(threading.local):
-    """Flat buffers of this thread by name and dtype."""
+    """The flat buffers of the current thread, by name and dtype."""
 
     def __init__(self) -> None:
         self.buffers: dict[tuple[str, torch.dtype], Tensor] = {}
@@ -27,10 +27,10 @@ KEPT = Kept()
 
 
 def scratch(name: str, shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """An uninitialised tensor beside `like`, which holds until `name` is asked for again in this thread."""
+    """An uninitialised tensor on the device of `like`; the next call with `name` in this thread may overwrite it."""
     dtype = like.dtype if dtype is None else dtype
     size, key = math.prod(shape), (name, dtype)
-    plain = type(like) in (Tensor, torch.nn.Parameter)  # a subclass, as of tracing, is not to meet ordinary tensors
+    plain = type(like) in (Tensor, torch.nn.Parameter)  # subclasses such as FakeTensor cannot mix with plain tensors
     if like.device.type != "cpu" or not plain or size * dtype.itemsize > KEPT_BYTES:
         return like.new_empty(shape, dtype=dtype)
     buffer = KEPT.buffers.get(key)

@@ -1,7 +1,8 @@
-"""The pool of a teacher known at K ids: K numbers a row in float64, and one factor for everything else.
+"""The pool of a teacher known at K ids: K numbers a row in float64, and one factor for all other columns.
 
 Outside its ids the teacher has the student's shape, `pi_T(v) = tau_T * p(v) / tau_p` with the tail masses tau. As the
-exponents sum to one, the pool is `c * p` there, with one number c per row: no teacher logits and no pool of width V.
+exponents sum to one, the pool is `c * p` there, with one number c per row: the loss needs neither teacher logits nor a
+pool of width V.
 """
 
 from __future__ import annotations
@@ -13,34 +14,35 @@ import torch
 from torch import Tensor
 
 from ..theory.target import Residual
+from .teacher import TopKLogits
 
 
-IMPOSSIBLE = -1e29  # log-probabilities below are of columns that are masked out
+IMPOSSIBLE = -1e29  # lower log-probabilities are those of masked columns
 
 
 class SparseGradient(NamedTuple):
     """dloss/dz of n rows: `tail * p - label * delta_y` outside the ids, `known` at them; float64."""
 
     tail: Tensor  # (n,)
-    label: Tensor  # (n,) zero where y is among the ids
+    label: Tensor  # (n,) zero if y is among the ids
     known: Tensor  # (n, K)
     norm: Tensor  # (n,) L1
 
 
 class SparsePool:
-    """pi~ of n rows, from what the student and the teacher say at the known ids and of the tail as a whole."""
+    """pi~ of n rows, from the probabilities of student and teacher at the known ids and of the tail as a whole."""
 
     def __init__(
         self,
-        ids: Tensor,  # (n, K)
-        log_q: Tensor,  # (n, K) float64, the teacher's
+        teacher: TopKLogits,
         log_p: Tensor,  # (n, K) float64, the student's
-        tail_p: Tensor,  # (n,) tau_p, the student's mass outside the ids, summed there and not as a difference
+        tail_p: Tensor,  # (n,) tau_p, the student's mass outside the ids: a sum, as 1 - sum loses digits
         tail_p_log_p: Tensor,  # (n,) sum of p log p outside the ids
         labels: Tensor,  # (n,)
         residual: Residual,
     ):
-        self.ids, self.log_q, self.log_p, self.labels = ids, log_q, log_p, labels
+        self.ids, self.log_p, self.labels = teacher.ids, log_p, labels
+        self.log_q = log_q = teacher.log_probs.double()
         self.tail_p, self.tail_p_log_p = tail_p.double(), tail_p_log_p.double()
         self.tail_q = -torch.expm1(log_q.logsumexp(-1).clamp(max=0))
         has_tail = (self.tail_p > 0) & (self.tail_q > 0)
@@ -54,7 +56,7 @@ class SparsePool:
         self.factor = torch.where(has_tail, self.pool_tail / self.tail_p, 0)  # c
 
     def gradient(self, label_weight: Tensor, residual_weight: Tensor, log_p_y: Tensor) -> SparseGradient:
-        """The gradient of n rows; its tail has one sign a row, so that its norm needs no pass over the columns."""
+        """The gradient of n rows. Its tail has one sign a row, so the norm needs no pass over the columns."""
         w_y, w_r = label_weight.double(), residual_weight.double()
         here = self.ids == self.labels[:, None]
         known = (w_y + w_r)[:, None] * self.log_p.exp() - w_r[:, None] * self.pool - w_y[:, None] * here
@@ -64,7 +66,7 @@ class SparsePool:
         return SparseGradient(tail, label, known, norm)
 
     def _at_label(self, known: Tensor, tail: Tensor) -> Tensor:  # (n, K), (n,) -> (n,)
-        """The entry of `known` at the label, or `tail` where the label is none of the ids."""
+        """The entry of `known` at the label, or `tail` if the label is none of the ids."""
         here = self.ids == self.labels[:, None]
         return torch.where(here.any(-1), known.masked_fill(~here, 0).sum(-1), tail)
 
@@ -87,7 +89,7 @@ class SparsePool:
 
 
 class SparseStatistics:
-    """The statistics that rows of either backend read off their `SparsePool`."""
+    """The statistics that rows of both backends take from their `SparsePool`."""
 
     sparse: SparsePool
     log_p_y: Tensor

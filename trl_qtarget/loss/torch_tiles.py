@@ -1,12 +1,14 @@
 """Row kernels in torch: statistics of a block of logits, then its gradient written over it.
 
     rows(z, labels, residual, teacher)   the statistics that `Tokens` reads, each (r,); z is shifted in place
-    .write_gradient(w_y, w_r, out)       out, perhaps z, holds dloss/dz; returns its L1 norm (r,), or None if p_y tells
+    .write_gradient(w_y, w_r, out)       writes dloss/dz into out, which may be z; returns its L1 norm (r,), or None
+                                         where the norm follows from p_y
 
     dloss/dz = (w_y + w_r) * p - w_y * delta_y - w_r * pi~
 
-A block is a few rows, so that every pass but the first finds it in the cache. Everything is computed on `z - max(z)`:
-losses do not depend on the shift, and small differences keep their digits. r: rows, V: columns, K: sparse ids.
+A block is a few rows, so that every pass but the first finds the block in the CPU's cache. Everything is computed on
+`z - max(z)`: losses do not depend on the shift, and small differences keep their digits. r: rows, V: columns, K: ids
+of a top-K teacher.
 """
 
 from __future__ import annotations
@@ -21,14 +23,15 @@ from torch import Tensor
 from ..theory.target import Residual
 from .scratch import scratch
 from .sparse import SparsePool, SparseStatistics
+from .teacher import TeacherTile, TopKLogits
 
 
-BLOCK_BYTES = 2**22  # of one block of logits: two or three of them fit one core's share of the last-level cache
-BELOW_ALL = -1e30  # stands for -inf where it meets a factor 0
+BLOCK_BYTES = 2**22  # of one block of logits: two or three blocks fit one core's share of the last-level cache
+BELOW_ALL = -1e30  # replaces -inf in products with a factor 0, which would be NaN
 
 
 def block_rows(vocab_size: int, dtype: torch.dtype, device: torch.device) -> int:
-    """How many rows to hand to `rows` at once."""
+    """The number of rows to pass to `rows` at once."""
     return max(1, BLOCK_BYTES // (vocab_size * dtype.itemsize)) if device.type == "cpu" else 2**30
 
 
@@ -36,23 +39,29 @@ def rows(
     z: Tensor,  # (r, V) logits before the softcap, overwritten
     labels: Tensor,  # (r,)
     residual: Residual,
-    teacher: Tensor | tuple[Tensor, Tensor] | None = None,  # (r, V) logits; or ids (r, K) and log-probs (r, K)
+    teacher: TeacherTile | None = None,
     softcap: float | None = None,
 ) -> StudentRows:
-    """Statistics of r rows, and the way to their gradient. A student's residual needs no pool, whoever teaches."""
+    """Statistics of r rows and their gradient; the logits of student and of a dense teacher are capped in place."""
+    z = cap_(z, softcap)
+    if isinstance(teacher, TopKLogits):
+        return (
+            StudentRows(z, labels, softcap)
+            if residual.is_student
+            else SparseRows(z, labels, softcap, teacher, residual)
+        )
+    taught = None if teacher is None else cap_(teacher.logits, teacher.softcap)
     if residual.is_student:
-        return StudentRows(z, labels, softcap, teacher)
-    if isinstance(teacher, tuple):
-        return SparseRows(z, labels, softcap, teacher, residual)
-    return DenseRows(z, labels, softcap, teacher, residual)
+        return StudentRows(z, labels, softcap, taught)
+    return PooledRows(z, labels, softcap, taught, residual)
 
 
 def cap_(z: Tensor, softcap: float | None) -> Tensor:
-    """`softcap * tanh(z / softcap)`, in place; a column that is out (-inf) stays out."""
+    """`softcap * tanh(z / softcap)`, in place; a masked column (-inf) stays -inf."""
     if softcap is None:
         return z
-    out = z == -torch.inf
-    return z.div_(softcap).tanh_().mul_(softcap).masked_fill_(out, -torch.inf)
+    masked = z == -torch.inf
+    return z.div_(softcap).tanh_().mul_(softcap).masked_fill_(masked, -torch.inf)
 
 
 def pick(x: Tensor, ids: Tensor) -> Tensor:  # (r, V), (r,) -> (r,)
@@ -77,10 +86,10 @@ def rank_mass(logits: Tensor, labels: Tensor) -> Tensor:  # (r, V), (r,) -> (r,)
 
 
 class RowStatistics:
-    """What rows of any kind derive in the same way: from `sum`, `dot` and `log_sum`, and from a dense teacher."""
+    """Statistics that rows of every kind derive in the same way from their sums and from a dense teacher's logits."""
 
     labels: Tensor  # (r,)
-    teacher: Any  # (r, V) logits, where a loss reads its statistics
+    teacher: Any  # (r, V) logits of a dense teacher, or None
     sum: Tensor  # (r,) sum_v e(v) with e = exp(z - max z), its log, and sum_v e(v) z(v)
     log_sum: Tensor
     dot: Tensor
@@ -99,17 +108,17 @@ class RowStatistics:
 
 
 class StudentRows(RowStatistics):
-    """Rows whose residual is the student itself: it pulls nowhere, and the gradient is `w_y * (p - delta_y)`."""
+    """Rows whose residual is the student: the residual term has no gradient, and the rest is `w_y * (p - delta_y)`."""
 
-    def __init__(self, z: Tensor, labels: Tensor, softcap: float | None, teacher: Any):
-        self.z, self.labels, self.softcap, self.teacher = cap_(z, softcap), labels, softcap, teacher
+    def __init__(self, z: Tensor, labels: Tensor, softcap: float | None, teacher: Tensor | None = None):
+        self.z, self.labels, self.softcap, self.teacher = z, labels, softcap, teacher
         self.max = z.amax(-1)
         self.is_top1 = pick(z, labels) == self.max
         z.sub_(self.max[:, None])
-        self.e = torch.exp(z, out=scratch("exponentials", z.shape, z))  # p times a factor per row, `sum`
+        self.e = torch.exp(z, out=scratch("exponentials", z.shape, z))  # p * sum
         self.sum, self.dot = self._moments()
         self.impossible = None
-        if self.dot.isnan().any():  # 0 * -inf: a column is masked out
+        if self.dot.isnan().any():  # 0 * -inf: a column is masked
             self.impossible = z == -torch.inf
             z.masked_fill_(self.impossible, BELOW_ALL)
             self.sum, self.dot = self._moments()
@@ -153,27 +162,27 @@ class StudentRows(RowStatistics):
             out.copy_(self.z)
 
     def _slope(self) -> Tensor | None:
-        """d softcap(x) / dx from its result, read before the gradient takes the logits' place."""
+        """d softcap(x) / dx from the capped logits, computed before the gradient overwrites them."""
         if self.softcap is None:
             return None
-        capped = (self.z + self.max[:, None]).clamp_(min=-self.softcap)  # below are columns that are out
+        capped = (self.z + self.max[:, None]).clamp_(min=-self.softcap)  # masked columns lie below
         return capped.div_(self.softcap).square_().neg_().add_(1)
 
     def _subtract_label(self, label_weight: Tensor) -> None:
         self.z.scatter_add_(-1, self.labels[:, None], -label_weight[:, None])
 
 
-class DenseRows(StudentRows):
-    """Rows whose residual is a pool over the whole vocabulary."""
+class PooledRows(StudentRows):
+    """Rows whose residual is a pool over the whole vocabulary, with a dense teacher or without one."""
 
-    def __init__(self, z: Tensor, labels: Tensor, softcap: float | None, teacher: Any, residual: Residual):
+    def __init__(self, z: Tensor, labels: Tensor, softcap: float | None, teacher: Tensor | None, residual: Residual):
         super().__init__(z, labels, softcap, teacher)
         pool = self._pool_logits(residual)
-        self.pool = pool.sub_(pool.amax(-1, keepdim=True)).exp_()  # pi~ times a factor per row, `pool_sum`
+        self.pool = pool.sub_(pool.amax(-1, keepdim=True)).exp_()  # pi~ * pool_sum
         self.pool_sum = self.pool.sum(-1)
 
     def _pool_logits(self, residual: Residual) -> Tensor:
-        """a * z + b * t; a term with exponent zero is left out, since 0 * -inf is no number."""
+        """a * z + b * t; a term with exponent zero is left out, since 0 * -inf is NaN."""
         pool = scratch("pool", self.z.shape, self.z)
         if residual.teacher == 0:
             pool.zero_()
@@ -209,18 +218,18 @@ class DenseRows(StudentRows):
 
 
 class SparseRows(SparseStatistics, StudentRows):
-    """Rows whose teacher is known at K ids and has the student's shape elsewhere: `SparsePool` has the pool."""
+    """Rows whose teacher is known at K ids and has the student's shape elsewhere: `SparsePool` computes the pool."""
 
-    def __init__(self, z: Tensor, labels: Tensor, softcap: float | None, teacher: tuple, residual: Residual):
-        self.ids = teacher[0]
-        super().__init__(z, labels, softcap, teacher)
+    def __init__(self, z: Tensor, labels: Tensor, softcap: float | None, teacher: TopKLogits, residual: Residual):
+        self.ids = teacher.ids
+        super().__init__(z, labels, softcap)
         log_p = z.gather(-1, self.ids).double() - self.log_sum[:, None]
         tail_p = self.tail_sum / self.sum
         tail_p_log_p = self.tail_dot / self.sum - tail_p * self.log_sum
-        self.sparse = SparsePool(self.ids, teacher[1].double(), log_p, tail_p, tail_p_log_p, labels, residual)
+        self.sparse = SparsePool(teacher, log_p, tail_p, tail_p_log_p, labels, residual)
 
     def _moments(self) -> tuple[Tensor, Tensor]:
-        """As above, the tail apart: as a difference it would lose its digits where the student is sure."""
+        """The moments, the tail summed apart: as a difference it would lose its digits where the student is sure."""
         e, z = self.e.gather(-1, self.ids), self.z.gather(-1, self.ids)
         self.e.scatter_(-1, self.ids, 0)
         self.tail_sum, self.tail_dot = super()._moments()

@@ -2,12 +2,12 @@
 
     statistics_kernel   one program a row walks its columns once and carries sums relative to the running maximum
     gradient_kernel     programs over (row, block of columns) recompute p and pi~ from those sums, write the gradient
-                        over the logits or, in the type of the products that follow, beside them, and leave one partial
-                        L1 norm each: no atomics, so results repeat bit for bit
+                        over the logits or, in the type of the products that follow, into a second tile, and store
+                        one partial L1 norm each: without atomics results repeat bit for bit
 
-A sparse teacher costs no kernel of its own: its K columns are lifted out of the row (their logits become -inf), the
-rest is a row like any other, and K numbers a row are put back in torch. Statistics that few losses read (top-20
-entropy, rank mass, a teacher's own normaliser) come from torch on the same tile.
+A top-K teacher needs no further kernel: the logits of its K columns become -inf, the kernels see an ordinary row, and
+torch puts K numbers a row back. Statistics that few losses read (top-20 entropy, rank mass, the teacher's normaliser)
+are computed by torch on the same tile.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from torch import Tensor
 from ..theory.target import STUDENT, Residual
 from . import torch_tiles
 from .sparse import SparsePool, SparseStatistics
+from .teacher import TeacherTile, TopKLogits
 from .torch_tiles import BELOW_ALL, RowStatistics, cap_, pick
 
 
@@ -33,13 +34,13 @@ STATISTICS = 9  # numbers a row: max, sum, dot, squares, the label's logit, and 
 
 
 def block_rows(vocab_size: int, dtype: torch.dtype, device: torch.device) -> int:
-    """All rows of a tile at once: programs, not blocks, share the work here."""
+    """All rows of a tile at once: Triton's programs share the work, not blocks of rows."""
     return 2**30
 
 
 @triton.jit
 def capped(z, softcap, HAS_SOFTCAP: tl.constexpr):
-    """softcap * tanh(z / softcap), by the exponential of a negative number; a column that is out (-inf) stays out."""
+    """softcap * tanh(z / softcap), from exp of a negative number to avoid overflow; a masked column stays -inf."""
     if HAS_SOFTCAP:
         e = tl.exp(-2 * tl.abs(z) / softcap)
         t = (1 - e) / (1 + e)
@@ -52,7 +53,7 @@ def pool_logits(
     z, t_ptr, offset, inside, student, teacher,
     HAS_STUDENT: tl.constexpr, HAS_TEACHER: tl.constexpr,
 ):  # fmt: skip
-    """student * z + teacher * t over the columns both can produce, -inf elsewhere."""
+    """student * z + teacher * t over the columns that both models can produce, -inf elsewhere."""
     possible = inside & (z > float("-inf"))
     r = tl.zeros_like(z)
     if HAS_TEACHER:
@@ -67,7 +68,7 @@ def pool_logits(
 @triton.jit(do_not_specialize=["n"])  # the number of tokens changes with every batch
 def statistics_kernel(
     z_ptr,  # (n, V)
-    t_ptr,  # (n, V), or anything without HAS_TEACHER
+    t_ptr,  # (n, V); without HAS_TEACHER it is not read
     y_ptr,  # (n,)
     out_ptr,  # (STATISTICS, n)
     stride_z, stride_t, n, V, student, teacher, softcap,
@@ -123,8 +124,8 @@ def statistics_kernel(
 @triton.jit(do_not_specialize=["n"])
 def gradient_kernel(
     z_ptr,  # (n, V) logits
-    g_ptr,  # (n, V) the gradient, perhaps z_ptr
-    t_ptr,  # (n, V), or anything without HAS_TEACHER
+    g_ptr,  # (n, V) the gradient; may be z_ptr
+    t_ptr,  # (n, V); without HAS_TEACHER it is not read
     y_ptr,  # (n,)
     max_ptr, sum_ptr, pool_max_ptr, pool_sum_ptr,  # (n,) of the statistics
     student_weight_ptr, label_weight_ptr, pool_weight_ptr,  # (n,)
@@ -157,23 +158,29 @@ def rows(
     z: Tensor,  # (n, V) logits before the softcap, overwritten
     labels: Tensor,  # (n,)
     residual: Residual,
-    teacher: Tensor | tuple[Tensor, Tensor] | None = None,  # (n, V) logits; or ids (n, K) and log-probs (n, K)
+    teacher: TeacherTile | None = None,
     softcap: float | None = None,
-) -> TritonRows:
-    """Statistics of n rows, and the way to their gradient. Double precision is torch's: kernels compute in float32."""
+) -> RowStatistics:
+    """Statistics of n rows and their gradient. Rows in float64 go to torch, since the kernels compute in float32."""
     if z.dtype == torch.float64:
         return torch_tiles.rows(z, labels, residual, teacher, softcap)
-    kind = SparseRows if isinstance(teacher, tuple) and not residual.is_student else TritonRows
-    return kind(z, labels, residual, teacher, softcap)
+    if isinstance(teacher, TopKLogits):
+        return (
+            TritonRows(z, labels, residual, None, softcap)
+            if residual.is_student
+            else TritonSparseRows(z, labels, residual, teacher, softcap)
+        )
+    taught = None if teacher is None else cap_(teacher.logits, teacher.softcap)
+    return TritonRows(z, labels, residual, taught, softcap)
 
 
 class TritonRows(RowStatistics):
-    """Rows whose residual is the student, or a pool over the whole vocabulary."""
+    """Rows whose residual is the student or a pool over the whole vocabulary."""
 
-    def __init__(self, z: Tensor, labels: Tensor, residual: Residual, teacher, softcap: float | None):
+    def __init__(self, z: Tensor, labels: Tensor, residual: Residual, teacher: Tensor | None, softcap: float | None):
         self.z, self.labels, self.residual, self.teacher, self.softcap = z, labels, residual, teacher, softcap
         self.pooled = not residual.is_student
-        self.t = teacher if isinstance(teacher, Tensor) else z  # read by no kernel without HAS_TEACHER
+        self.t = z if teacher is None else teacher  # without HAS_TEACHER no kernel reads it
         self._read()
         self.log_sum = self.sum.log()
         self.log_p_y = self.z_y - self.max - self.log_sum
@@ -194,7 +201,7 @@ class TritonRows(RowStatistics):
 
     def _read(self) -> None:
         n = len(self.z)
-        aligned = -(-n // 4) * 4  # rows that begin at 16 bytes: Triton compiles anew for pointers that do not
+        aligned = -(-n // 4) * 4  # rows begin at multiples of 16 bytes: Triton compiles again for other pointers
         out = torch.empty(STATISTICS, aligned, dtype=torch.float32, device=self.z.device)
         if n:
             with torch.cuda.device_of(self.z):
@@ -211,7 +218,7 @@ class TritonRows(RowStatistics):
         return self.squares / self.sum**2
 
     def top_evenness(self, k: int) -> Tensor:
-        # the cap keeps the order, so only the top logits need it
+        # the softcap keeps the order, so it is applied to the top logits alone
         return torch_tiles.evenness(cap_(self.z.topk(min(k, self.z.shape[-1])).values, self.softcap))
 
     @cached_property
@@ -240,7 +247,7 @@ class TritonRows(RowStatistics):
         return norm if self.pooled else None
 
     def _write(self, student_weight: Tensor, label_weight: Tensor, pool_weight: Tensor, out: Tensor) -> Tensor:
-        """The gradient; returns its L1 norm, partial sums added in a fixed order."""
+        """Write the gradient into `out`, and return its L1 norm, whose partial sums are added in a fixed order."""
         n, V = self.z.shape
         flags = self._flags()
         blocks = triton.cdiv(V, flags["BLOCK_V"])
@@ -254,25 +261,25 @@ class TritonRows(RowStatistics):
         return norms.sum(0)
 
 
-class SparseRows(SparseStatistics, TritonRows):
-    """Rows whose teacher is known at K ids: these columns are lifted out, and the kernels see the tail alone."""
+class TritonSparseRows(SparseStatistics, TritonRows):
+    """Rows whose teacher is known at K ids: the logits of these columns become -inf, so kernels see the tail alone."""
 
-    def __init__(self, z: Tensor, labels: Tensor, residual: Residual, teacher: tuple, softcap: float | None):
-        self.ids = teacher[0]
+    def __init__(self, z: Tensor, labels: Tensor, residual: Residual, teacher: TopKLogits, softcap: float | None):
+        self.ids = teacher.ids
         self.known, self.raw_known = cap_(z.gather(-1, self.ids).float(), softcap), z.gather(-1, self.ids)
         super().__init__(z.scatter_(-1, self.ids, -torch.inf), labels, STUDENT, None, softcap)
         log_p = (self.known - self.max[:, None]).double() - self.log_sum[:, None]
         tail_p = self.tail_sum / self.sum
         tail_p_log_p = self.tail_dot / self.sum - tail_p * self.log_sum
-        self.sparse = SparsePool(self.ids, teacher[1].double(), log_p, tail_p, tail_p_log_p, labels, residual)
+        self.sparse = SparsePool(teacher, log_p, tail_p, tail_p_log_p, labels, residual)
 
     def _read(self) -> None:
-        """The tail's sums and those of the known columns, both relative to the maximum of all."""
+        """Sums of the tail and of the known columns, both relative to the maximum of the whole row."""
         super()._read()
         at_label = self.known.masked_fill(self.ids != self.labels[:, None], -torch.inf).amax(-1)
-        self.z_y = torch.maximum(self.z_y, at_label)  # the kernel has not seen it where it was lifted out
+        self.z_y = torch.maximum(self.z_y, at_label)  # the kernel does not see a label among the ids
         top = torch.maximum(self.max, self.known.amax(-1))
-        shift = (self.max - top).clamp(min=BELOW_ALL)  # of a tail without columns nothing is left
+        shift = (self.max - top).clamp(min=BELOW_ALL)  # the sums of an empty tail become zero
         shrink = shift.exp()
         known = (self.known - top[:, None]).clamp(min=BELOW_ALL)
         e = known.exp()

@@ -1,13 +1,13 @@
-"""The seam with the model: a forward that stops at the last hidden states and hands them on with the head.
+"""A forward that stops at the last hidden states and passes them on with the head, so that no logits are made.
 
-`model(**inputs, qtarget=reader)` runs the backbone and returns `reader(hidden, labels, head, aux_loss)`; without the
-keyword the forward is the model's own, so generation and saving see nothing of it. This module holds the only
-assignment to `model.forward` in the package. The forward is called through whatever wraps the model (DDP, FSDP,
-DeepSpeed, autocast), and backbone and head are looked up in each call, because PEFT and FSDP replace them.
+`model(**inputs, qtarget=reader)` runs the backbone and returns `reader(hidden, labels, head, aux_loss)`. Without the
+keyword the forward is the model's own, so generation and saving are unchanged. This module holds the only assignment
+to `model.forward` in the package. The forward is called through everything that wraps the model (DDP, FSDP, DeepSpeed,
+autocast), and backbone and head are looked up in each call, because PEFT and FSDP replace them.
 
-    DDP, FSDP1   the wrapper's forward is entered as ever; gradients of the head flow through its parameter
+    DDP, FSDP1   the wrapper's forward runs as usual; gradients of the head flow through its parameter
     FSDP2        a head that is still sharded is a DTensor: gathered once, before the loss, and its gradient reduced
-    ZeRO-3       heads are gathered around the loss (`gathered`)
+    ZeRO-3       heads are gathered around the loss (`head.gathered`)
     LoRA         a frozen head gets no product and no buffer
 """
 
@@ -24,45 +24,44 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..compat import backbone, balancing_loss
+from ..loss.per_token import shifted_labels
 from ..loss.products import Head
 from ..loss.teacher import ProjectedLogits
-from ..theory.reference import IGNORE
 from .head import read_head
 
 
-Reader = Callable[[Tensor, Tensor, Head, Tensor | None], Any]
+Reader = Callable[[Tensor, Tensor, Head, Tensor | None], Any]  # hidden (B, T, D), labels (B, T), head, aux_loss
 
 
 def install(model: PreTrainedModel) -> None:
-    """Give `model` the forward described above. Call it on the base model of a PEFT model, before any wrapping."""
+    """Give `model` the forward of this module. Call it on the base model of a PEFT model, before any wrapping."""
     own_forward = model.forward
-    backbone(model)  # refused here rather than in the first step
+    backbone(model)  # a model without one is refused here and not in the first step
 
-    # the original's signature, since transformers reads it to decide what a model may be given
+    # transformers reads the signature to decide which inputs a model accepts, so it stays the original's
     @functools.wraps(type(model).forward)
     def forward(self, *args, qtarget: Reader | None = None, **kwargs):
         if qtarget is None:
             return own_forward(*args, **kwargs)
-        labels, shifted = kwargs.pop("labels", None), kwargs.pop("shift_labels", None)
+        given = {name: kwargs.pop(name, None) for name in ("labels", "shift_labels")}
         kwargs.pop("num_items_in_batch", None)
         outputs = backbone(self)(*args, **kwargs)
         head = read_head(self)
-        hidden = outputs.last_hidden_state.to(head.weight.device)  # apart only where device_map splits the model
-        if shifted is None and labels is not None:
-            shifted = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE)
-        shifted = None if shifted is None else shifted.to(hidden.device)
-        return _read(qtarget, hidden, shifted, head, _aux_loss(self, outputs, kwargs))
+        hidden = outputs.last_hidden_state.to(head.weight.device)  # devices differ if device_map splits the model
+        given = {name: labels.to(hidden.device) for name, labels in given.items() if labels is not None}
+        labels = shifted_labels(given) if given else None
+        return _call(qtarget, hidden, labels, head, _aux_loss(self, outputs, kwargs))
 
     model.forward = types.MethodType(forward, model)
 
 
-@torch.compiler.disable()  # rows, tiles and kernels are chosen by the data, which a compiled model need not follow
-def _read(reader: Reader, *given: Any) -> Any:
+@torch.compiler.disable()  # the data decides on rows, tiles and kernels, which would recompile the model at each step
+def _call(reader: Reader, *given: Any) -> Any:
     return reader(*given)
 
 
 def _aux_loss(model: PreTrainedModel, outputs: Any, kwargs: dict) -> Tensor | None:
-    """The load-balancing loss of a mixture of experts, where the caller asked for router logits."""
+    """The load-balancing loss of a mixture of experts, if the caller asked for router logits."""
     if not kwargs.get("output_router_logits"):
         return None
     config = model.config.get_text_config()
@@ -72,9 +71,9 @@ def _aux_loss(model: PreTrainedModel, outputs: Any, kwargs: dict) -> Tensor | No
 
 @torch.no_grad()
 def read_teacher(model: Any, *parts: dict[str, Any]) -> ProjectedLogits:
-    """A frozen model's hidden states on these inputs, (B, T, D), with its head: logits are never made here.
+    """The hidden states of a frozen model, (B, T, D), with its head, instead of logits.
 
-    Of several parts, which are read one after another, the rows are joined.
+    The inputs may come in several parts, which the model reads one after another; their rows are joined.
     """
     kept: list[ProjectedLogits] = []
 

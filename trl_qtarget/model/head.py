@@ -1,4 +1,4 @@
-"""The output head of a transformers model: its weights, its bias, and what its configuration does to logits."""
+"""The output head of a transformers model, and the softcap and scale that its configuration puts on logits."""
 
 from __future__ import annotations
 
@@ -13,37 +13,32 @@ from transformers import PreTrainedModel
 from ..loss.products import Head
 
 
-SOFTCAPS = ("final_logit_softcapping", "output_logit_soft_cap", "logits_soft_cap")  # as configurations call it
+SOFTCAPS = ("final_logit_softcapping", "output_logit_soft_cap", "logits_soft_cap")  # names in configurations
+FACTORS = ("logit_scale", "output_multiplier", "lm_head_multiplier")  # the same for a factor on logits
 
 
 def read_head(model: PreTrainedModel) -> Head:
-    """The model's output head, with the scale and the softcap its configuration puts on logits."""
+    """The model's output head; a head that FSDP2 has sharded is gathered."""
     head: Any = model.get_output_embeddings()
     config = model.config.get_text_config()
-    # PEFT's wrapper around a tied head of which single rows are trained has a weight of its own and no bias
+    # PEFT's wrapper around a tied head with single trained rows has its own weight and no bias
     bias = head.bias if hasattr(head, "bias") else head.original_module.bias
-    weight, bias = (_whole(x) if hasattr(x, "full_tensor") else x for x in (head.weight, bias))
+    weight, bias = (_gather(x) if hasattr(x, "full_tensor") else x for x in (head.weight, bias))
     softcap = next((getattr(config, name) for name in SOFTCAPS if getattr(config, name, None) is not None), None)
     return Head(weight, bias, _logit_scale(config), softcap)
 
 
-def _whole(sharded: Any) -> Tensor:
-    """All of a DTensor. Each rank has a gradient of its own for it, and a shard gets the mean of them, as in FSDP."""
+def _gather(sharded: Any) -> Tensor:
+    """All of a DTensor. Each rank computes its own gradient of it, and a shard receives their mean, as in FSDP."""
     whole = sharded.full_tensor(grad_placements=[Partial()] * sharded.device_mesh.ndim)
     if whole.requires_grad:
         whole.register_hook(lambda gradient: gradient / sharded.device_mesh.size())
     return whole
 
 
-def head_rows(model: PreTrainedModel) -> int:
-    """Rows of the model's output head, also where ZeRO-3 keeps none of them here."""
-    weight: Any = model.get_output_embeddings().weight
-    return getattr(weight, "ds_shape", weight.shape)[0]
-
-
 def _logit_scale(config: Any) -> float:
-    """The factor on logits, under each name that transformers' configurations have for it."""
-    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
+    """The factor on logits, under each name that configurations of transformers have for it."""
+    for name in FACTORS:
         if getattr(config, name, None) is not None:
             return float(getattr(config, name))
     scaling = getattr(config, "logits_scaling", None)  # Granite and MiniCPM3 divide by it, HyperCLOVA X multiplies
@@ -52,10 +47,17 @@ def _logit_scale(config: Any) -> float:
     return float(scaling) if config.model_type == "hyperclovax" else 1 / scaling
 
 
-def gathered(*parameters: Any) -> contextlib.AbstractContextManager:
-    """Parameters that ZeRO-3 has split are whole inside this context; elsewhere it does nothing.
+def head_rows(model: PreTrainedModel) -> int:
+    """Rows of the model's output head, also under ZeRO-3, where the local weight has none."""
+    weight: Any = model.get_output_embeddings().weight
+    return getattr(weight, "ds_shape", weight.shape)[0]
 
-    What is whole already is in use by a forward pass that goes on, and is left to that.
+
+def gathered(*parameters: Any) -> contextlib.AbstractContextManager:
+    """Gather parameters that ZeRO-3 has sharded, for the length of the context; elsewhere the context does nothing.
+
+    Parameters that are already gathered are skipped: an enclosing forward pass owns them, and would find them sharded
+    again when the context ends.
     """
     split = {id(p): p for p in parameters if hasattr(p, "ds_id") and p.ds_status.name != "AVAILABLE"}
     if not split:
@@ -65,6 +67,7 @@ def gathered(*parameters: Any) -> contextlib.AbstractContextManager:
     return deepspeed.zero.GatheredParameters(list(split.values()))
 
 
-def dense_logits(hidden: Tensor, head: Head) -> Tensor:
+def dense_logits(hidden: Tensor, head: Head) -> Tensor:  # (n, D) -> (n, V)
+    """The logits themselves in float32, for a few tokens: the checks of the first step compare with them."""
     logits = torch.nn.functional.linear(hidden.to(head.weight.dtype), head.weight, head.bias).float() * head.scale
     return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)

@@ -1,6 +1,6 @@
 """The specification: every loss written out over the whole vocabulary in float64, and the target any loss implies.
 
-Slow and dense on purpose. Kernels are tested against it, and it against each paper's own formula.
+This module is slow and dense on purpose: kernels are tested against it, and it is tested against each paper's formula.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ IGNORE = -100  # the label of a token that is not trained on, as in torch's cros
 def pool(residual: Residual, log_p: Tensor, log_q: Any) -> Tensor:  # (N, V), (N, V) -> (N, V)
     """log pi~, with `pi~(v) ~ p(v)^a * pi_T(v)^b` over the tokens that both models can produce.
 
-    A factor with exponent zero is left out rather than multiplied, since 0 * -inf is no number.
+    A factor with exponent zero is left out and not multiplied, since 0 * -inf is NaN.
     """
     possible = log_p > -torch.inf
     logits = torch.zeros_like(log_p)
@@ -36,12 +36,12 @@ def pool(residual: Residual, log_p: Tensor, log_q: Any) -> Tensor:  # (N, V), (N
 
 
 def _expect(log_weight: Tensor, x: Tensor) -> Tensor:  # (N, V), (N, V) -> (N,)
-    """E_weight[x], where an impossible token contributes nothing whatever x says of it."""
+    """E_weight[x] over each row; tokens of weight zero contribute nothing, even where x is infinite."""
     return (log_weight.exp() * x.masked_fill(log_weight == -torch.inf, 0)).sum(-1)
 
 
 @dataclass
-class DenseRows:
+class DenseStatistics:
     """The vocabulary statistics of `Tokens`, from dense log-probabilities."""
 
     log_p: Tensor  # (N, V)
@@ -106,18 +106,21 @@ def reference_loss(
     `s * CE(stopgrad[Q], p)` always. A teacher with other columns than the student is compared over the common first
     ones, renormalised.
     """
-    target.require(
-        teacher=teacher_logits is not None,
-        reference_log_p_y=reference_log_p_y is not None,
-        reference_mass=reference_mass is not None,
-        token_weight=token_weight is not None,
-    )
+    columns = {
+        "token_weight": token_weight,
+        "trust": trust,
+        "reference_log_p_y": reference_log_p_y,
+        "reference_mass": reference_mass,
+        "trajectory": trajectory,
+    }
+    columns = {name: column for name, column in columns.items() if column is not None}
+    target.require(teacher=teacher_logits is not None, columns=columns)
     keep = labels != IGNORE
-    given = (teacher_logits, reference_log_p_y, token_weight, trajectory, reference_mass, trust)
-    extras = (None if x is None else x[keep] for x in given)
     log_p = logits[keep].double().log_softmax(-1)
     with torch.no_grad():
-        tokens = dense_tokens(log_p, labels[keep], target, *extras)
+        taught = None if teacher_logits is None else teacher_logits[keep]
+        columns = {name: column[keep] for name, column in columns.items()}
+        tokens = dense_tokens(log_p, labels[keep], target, taught, **columns)
         weights = target.weights(tokens)
         published = target.token_loss(weights, tokens).sum()
         target_mass = _target_mass(target, weights, tokens)  # s * Q
@@ -130,42 +133,32 @@ def dense_tokens(
     labels: Tensor,  # (N,) none ignored
     target: Target,
     teacher_logits: Tensor | None = None,  # (N, V_T)
-    reference_log_p_y: Tensor | None = None,  # (N,)
-    token_weight: Tensor | None = None,  # (N,)
-    trajectory: Tensor | None = None,  # (N,)
-    reference_mass: Tensor | None = None,  # (N,)
-    trust: Tensor | None = None,  # (N,)
+    **columns: Tensor,  # (N,) each, under the names of `Tokens.of`
 ) -> Tokens:
-    """What the rules of `target` see of these tokens, every statistic computed densely."""
+    """The numbers that the rules of `target` see of these tokens, every statistic computed densely."""
     log_q = None
     if teacher_logits is not None:
         common = min(log_p.shape[-1], teacher_logits.shape[-1])
         log_q = torch.full_like(log_p, -torch.inf)
         log_q[:, :common] = teacher_logits[:, :common].double().log_softmax(-1)
-    return Tokens(
-        log_p_y=log_p.gather(-1, labels[:, None]).squeeze(-1),
-        rows=DenseRows(log_p, labels, target.residual, log_q),
-        labels=labels,
-        token_weight=None if token_weight is None else token_weight.double(),
-        given_reference=None if reference_log_p_y is None else reference_log_p_y.double(),
-        given_mass=None if reference_mass is None else reference_mass.double(),
-        given_trust=None if trust is None else trust.double(),
-        trajectory=None if trajectory is None else trajectory.unique(return_inverse=True)[1],
-    )
+    if "trajectory" in columns:
+        columns["trajectory"] = columns["trajectory"].unique(return_inverse=True)[1]
+    log_p_y = log_p.gather(-1, labels[:, None]).squeeze(-1)
+    return Tokens.of(log_p_y, DenseStatistics(log_p, labels, target.residual, log_q), labels, **columns)
 
 
 def _target_mass(target: Target, weights, tokens: Tokens) -> Tensor:  # (N, V)
-    """s * Q, up to a multiple of p, along which the loss does not change."""
+    """s * Q up to a multiple of p, which changes no gradient."""
     mass = torch.zeros_like(tokens.rows.log_p)
     if target.residual.is_student:
-        # the residual's share pulls towards where the model already is: w_y * (p - delta_y) is the whole gradient
+        # the residual is p itself and has no gradient: w_y * (p - delta_y) is the whole of it
         return mass.scatter_(-1, tokens.labels[:, None], weights.label[:, None])
     mass += weights.residual[:, None] * tokens.rows.log_pool.exp()
     return mass.scatter_add_(-1, tokens.labels[:, None], weights.label[:, None])
 
 
 class InducedTarget(NamedTuple):
-    """What distribution a loss pulls the model towards."""
+    """The distribution that a loss pulls the model towards."""
 
     target: Tensor  # (N, V) Q = p - dL/dz, rows sum to one; a signed measure where some entry is negative
     scale: Tensor  # (N,) smallest s for which Q_s = p - dL/dz / s is a proper distribution; 0 for a zero gradient

@@ -19,7 +19,7 @@ from .target import Target
 
 @dataclass(frozen=True)
 class Range:
-    """What a number must satisfy, and how to say so: `text` has `{}` where the argument's name goes."""
+    """The range of a preset's argument; `text` says it in a message, with `{}` in place of the argument's name."""
 
     text: str
     holds: Callable[[float], bool]
@@ -36,7 +36,7 @@ Several = Annotated[int, Range("a whole {} >= 2", lambda x: x >= 2)]
 
 @dataclass(frozen=True)
 class Preset:
-    """A named loss: a function from checked arguments to a `Target`, and where it comes from."""
+    """A named loss: a function from checked arguments to a `Target`, and the paper that published it."""
 
     name: str
     make: Callable[..., Target]
@@ -57,22 +57,22 @@ class Preset:
 
     @property
     def needs(self) -> tuple[str, ...]:
-        """What the loss needs at its default arguments."""
+        """The inputs that the loss needs with default arguments; none if an argument has no default."""
         return self.build().needs if inspect.Parameter.empty not in self.defaults.values() else ()
 
     @property
     def hints(self) -> dict[str, Any]:
-        """Types of the arguments; none where a user's module holds what only its type checker can resolve."""
+        """Types of the arguments; none if a user's module has annotations that only a type checker can resolve."""
         try:
             return get_type_hints(self.make, include_extras=True)
         except NameError:
             return {}
 
     def build(self, **kwargs: Any) -> Target:
-        """The target, from checked arguments.
+        """The target of the loss with these arguments.
 
         Raises:
-            ValueError: an argument that the loss does not take, or one out of its range.
+            ValueError: the loss does not take an argument, lacks one, or one is out of its range.
         """
         unknown = [name for name in kwargs if name not in self.defaults]
         if unknown:
@@ -115,7 +115,7 @@ def preset(name: str, paper: str = "-") -> Callable[[Callable[..., Target]], Cal
     """
 
     def register(make: Callable[..., Target]) -> Callable[..., Target]:
-        # a module that is loaded twice registers the same function again, which is no conflict
+        # a module that is loaded twice registers the same function again: no conflict
         if name in PRESETS and _origin(PRESETS[name].make) != _origin(make):
             raise ValueError(f"A loss named {name!r} exists already: register yours under another name.")
         PRESETS[name] = Preset(name, make, paper)
@@ -132,7 +132,7 @@ def find_preset(loss: str) -> Preset:
     """The preset that `--loss` names: a known name, `my_module:my_loss`, `path/to/file.py:my_loss` or a file with one.
 
     Raises:
-        ValueError: nothing of that name, with the nearest names.
+        ValueError: there is no such loss; the message has the nearest names.
     """
     if loss in PRESETS:
         return PRESETS[loss]
@@ -150,7 +150,8 @@ def build(loss: str, /, **kwargs: Any) -> Target:
     """The `Target` of a named loss: `build("target_sft", eta=0.25)`.
 
     Raises:
-        ValueError: an unknown name, an argument it does not take, or a value out of range; the message says which are.
+        ValueError: an unknown name, an argument that the loss does not take, or a value out of range; the message says
+            what is accepted.
     """
     return find_preset(loss).build(**kwargs)
 
@@ -176,8 +177,8 @@ def _find_in_module(loss: str) -> Preset:
         return by_name[name]
     if made is not None and not _makes_a_target(made, module):
         raise ValueError(
-            f"{loss} has no decorator @preset, and no annotation that says that it returns a Target: add one of the "
-            "two, so that no recipe can call what is no loss."
+            f"{loss} has no decorator @preset and no return annotation `-> Target`: add one of the two. A recipe "
+            "may only call functions that are marked as losses."
         )
     if made is None:
         choices = sorted({*by_name, *(set(PRESETS) - before)}) or [n for n in vars(module) if not n.startswith("_")]
@@ -188,9 +189,9 @@ def _find_in_module(loss: str) -> Preset:
 
 
 def _makes_a_target(made: Any, module: Any) -> bool:
-    """Whether it is meant as a loss: a function of this very module that says it returns a Target.
+    """Whether `made` is meant as a loss: a function defined in this module whose annotation says it returns a Target.
 
-    A recipe names a loss by text, and a text must not be able to call whatever a module happens to hold.
+    A recipe names a loss by text; without this check the text could call any function that a module imports.
     """
     returns = getattr(made, "__annotations__", {}).get("return")
     return getattr(made, "__module__", None) == module.__name__ and returns in (Target, "Target")

@@ -7,7 +7,8 @@ At a labelled token with student p = softmax(z) and label y,
 (Xie et al., arXiv 2606.11189). `Target` holds gamma (trust), pi~ (residual) and s (scale) as data. Kernels see the
 weights `s * gamma` and `s * (1 - gamma)` of each token and the two exponents of the residual, never a method's name.
 
-Nothing here imports torch: rules need tensor methods only, and the table of losses is printed in no time.
+This module does not import torch, since rules only call methods of tensors: `trl-qtarget losses` prints its table
+without waiting for torch.
 """
 
 from __future__ import annotations
@@ -22,12 +23,26 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+# The inputs that a target may need, as `trl-qtarget losses` explains them to a user
+NEEDS = {
+    "teacher": "a teacher: --teacher_model_name_or_path",
+    "reference": "the model before training, which is kept for it",
+    "reference_log_p_y": "the model before training, which is kept for it",
+    "reference_mass": "the model before training, which is kept for it",
+    "snapshot": "the model of some updates ago, which is kept for it",
+    "token_weight": "a `token_weight` column in the data",
+}
+
+
 def _statistic(name: str, meaning: str) -> Any:
+    """A property of `Tokens` that reads a statistic of the vocabulary from `Tokens.rows`."""
+
     def read(tokens: Tokens) -> Tensor:
         if tokens.rows is None:
             raise AttributeError(
-                f"A rule of a whole_batch target asked for {name}: statistics of the vocabulary are gone by the time "
-                "the whole batch is known. It may use log_p_y, reference_log_p_y, token_weight and trajectory."
+                f"A rule of a whole_batch target asked for {name}. Such a rule runs once for the whole batch, when no "
+                "statistics of the vocabulary are kept: it may use log_p_y, reference_log_p_y, token_weight and "
+                "trajectory."
             )
         return getattr(tokens.rows, name).to(tokens.log_p_y)
 
@@ -36,20 +51,49 @@ def _statistic(name: str, meaning: str) -> Any:
 
 @dataclass(frozen=True)
 class Tokens:
-    """What a rule may look at: one detached number per labelled token, in float64 where the device has it.
+    """The numbers that a rule may read: one detached number per labelled token, in float64 where the device has it.
 
     Double precision makes `1 - t.p_y` and `t.p_y ** a` safe to write as the papers do; n numbers cost nothing beside
     the n x V logits they summarise. Logarithms and entropies are in nats.
     """
 
     log_p_y: Tensor  # (n,) log p(y)
-    rows: Any = None  # the vocabulary statistics below, each computed when first asked for
+    rows: Any = None  # the vocabulary statistics below, each computed when a rule first reads it
     labels: Any = None  # (n,) y
     token_weight: Any = None  # (n,) the dataset's own weights
-    given_reference: Tensor | None = None  # (n,) log pi_ref(y) or log pi_old(y), where somebody supplied it
-    given_mass: Tensor | None = None  # (n,) rank mass of y under pi_ref, where somebody supplied it
+    given_reference: Tensor | None = None  # (n,) log pi_ref(y) or log pi_old(y) from the data or a second model
+    given_mass: Tensor | None = None  # (n,) rank mass of y under pi_ref from the data
     given_trust: Tensor | None = None  # (n,) the dataset's own gamma, NaN where a token has none
-    trajectory: Tensor | None = None  # (n,) which trajectory a token is part of, ids in 0 .. n - 1; None: all one
+    trajectory: Tensor | None = None  # (n,) id of each token's trajectory, in 0 .. n - 1; None: all tokens are one
+
+    @classmethod
+    def of(
+        cls,
+        log_p_y: Tensor,  # (n,)
+        rows: Any,
+        labels: Tensor,  # (n,)
+        *,
+        token_weight: Tensor | None = None,  # (n,)
+        trust: Tensor | None = None,  # (n,)
+        reference_log_p_y: Tensor | None = None,  # (n,)
+        reference_mass: Tensor | None = None,  # (n,)
+        trajectory: Tensor | None = None,  # (n,)
+    ) -> Tokens:
+        """Tokens from columns under their names in the data, each column in the type of `log_p_y`."""
+
+        def cast(column: Tensor | None) -> Tensor | None:
+            return None if column is None else column.to(log_p_y)
+
+        return cls(
+            log_p_y,
+            rows,
+            labels,
+            token_weight=cast(token_weight),
+            given_reference=cast(reference_log_p_y),
+            given_mass=cast(reference_mass),
+            given_trust=cast(trust),
+            trajectory=trajectory,
+        )
 
     entropy = _statistic("entropy", "H(p)")
     collision = _statistic("collision", "sum_v p(v)^2")
@@ -73,21 +117,21 @@ class Tokens:
 
     @property
     def reference_log_p_y(self) -> Tensor:
-        """log pi_ref(y): as supplied, else read off the teacher's logits."""
+        """log pi_ref(y): the given column, else the teacher's log-probability of the label."""
         return self.teacher_log_p_y if self.given_reference is None else self.given_reference
 
     @property
     def reference_mass(self) -> Tensor:
-        """Rank mass of y under pi_ref: as supplied, else computed from the teacher's logits."""
+        """Rank mass of y under pi_ref: the given column, else computed from the teacher's logits."""
         return self.teacher_mass if self.given_mass is None else self.given_mass
 
     def trajectory_means(self, x: Tensor) -> Tensor:
-        """(n,) values to (n,) slots: slot i holds the mean over trajectory i, NaN where there is none."""
+        """(n,) values to (n,) slots: slot i holds the mean over trajectory i, or NaN if no token has that id."""
         ids, zeros = self._ids(x), x.new_zeros(len(x))
         return zeros.index_add(0, ids, x) / zeros.index_add(0, ids, x.new_ones(len(x)))
 
     def trajectory_mean(self, x: Tensor) -> Tensor:
-        """(n,) values to (n,): each token gets the mean over its own trajectory."""
+        """(n,) values to (n,): each token gets the mean over its trajectory."""
         return self.trajectory_means(x)[self._ids(x)]
 
     def _ids(self, x: Tensor) -> Tensor:
@@ -110,7 +154,7 @@ class Residual:
 
     @property
     def is_student(self) -> bool:
-        """Whether pi~ = p: the residual then pulls nowhere, and both its gradient and its value are left out."""
+        """Whether pi~ = p. The residual term then has no gradient, and its value is left out of the loss as well."""
         return self.student == 1 and self.teacher == 0
 
 
@@ -120,7 +164,7 @@ TEACHER = Residual(teacher=1.0)
 
 
 class RowWeights(NamedTuple):
-    """What a target says of n tokens; all (n,) and constant for the gradient."""
+    """The weights that a target gives n tokens; all are (n,) and constant for the gradient."""
 
     label: Tensor  # w_y = s * gamma
     residual: Tensor  # w_r = s * (1 - gamma)
@@ -136,19 +180,19 @@ class Target:
 
     Args:
         trust: gamma, the weight of the observed token.
-        residual: pi~, what the rest of the weight goes to.
-        scale: s, the published method's own multiplier. Two methods with one Q differ in it.
-        residual_weight: replaces 1 - gamma, for signed targets; what is then missing from 1 goes to the student. GEM
-            (trust 1, residual weight -1) is `Q = delta_y + p - q`.
-        value: the per-token loss to report, where the published one is not `w_y * nll + w_r * CE(pi~, p)`. It changes
-            no gradient.
-        needs: inputs without which the loss makes no sense, among "teacher", "reference" (logits of the initial
-            model), "reference_log_p_y" and "reference_mass" (its log-probability or rank mass of y only, which the
-            data may hold), "snapshot" (log-probability of y a few updates ago) and "token_weight" (the rules read it
-            themselves; elsewhere it multiplies the loss).
-        whole_batch: the rules need all tokens at once (trajectory means, batch medians): they are given log_p_y of the
-            whole batch, from one extra pass without gradients, and no vocabulary statistics.
-        snapshot_every: for "snapshot", after how many optimizer updates the remembered model is renewed.
+        residual: pi~, the distribution that gets the rest of the weight.
+        scale: s, the multiplier of the published method. Two methods with the same Q may differ in it.
+        residual_weight: replaces 1 - gamma in signed targets; the share that is then missing from 1 goes to the
+            student. GEM (trust 1, residual weight -1) is `Q = delta_y + p - q`.
+        value: the per-token loss to report, if the published value is not `w_y * nll + w_r * CE(pi~, p)`. It does not
+            change the gradient.
+        needs: inputs that the loss cannot do without, among "teacher", "reference" (logits of the initial model),
+            "reference_log_p_y" and "reference_mass" (only its log-probability or rank mass of y, which the data may
+            hold), "snapshot" (log-probability of y a few updates ago) and "token_weight" (the rules read the column
+            themselves; for other targets it multiplies the loss).
+        whole_batch: the rules need all tokens at once (trajectory means, batch medians). They get log_p_y of the whole
+            batch from one extra pass without gradients, and no vocabulary statistics.
+        snapshot_every: for "snapshot", the number of optimizer updates between two snapshots.
     """
 
     trust: Rule = 1.0
@@ -165,34 +209,37 @@ class Target:
             object.__setattr__(self, "needs", (*self.needs, "teacher"))
 
     def reads_logits(self, columns: Collection[str] = ()) -> bool:
-        """Whether a second model's whole distribution, of teacher or reference, is wanted beside these columns."""
+        """Whether the loss reads the whole distribution of a teacher or reference, given these columns of the data."""
         return bool({"teacher", "reference", "reference_mass"} & set(self.needs) - set(columns))
 
     def reads_model(self, columns: Collection[str] = ()) -> bool:
-        """Whether anything of a second model is wanted beside these columns of the data."""
+        """Whether the loss reads a teacher or reference at all, given these columns of the data."""
         return self.reads_logits(columns) or "reference_log_p_y" in set(self.needs) - set(columns)
 
     def reads_column(self, name: str) -> bool:
-        """Whether a column of the data has a say: what it knows of a reference only where one is meant."""
+        """Whether the loss reads a column of the data; a reference's columns are for losses that need them alone."""
         return name in self.needs or not name.startswith("reference")
 
-    def require(
-        self, *, teacher: bool, reference_log_p_y: bool, token_weight: bool, reference_mass: bool = False
-    ) -> None:
-        """Raise a ValueError naming what the target needs and is not given."""
-        needs = set(self.needs)
-        if self.reads_logits(["reference_mass"] if reference_mass else []) and not teacher:
+    def require(self, *, teacher: bool, columns: Collection[str]) -> None:
+        """Raise a ValueError that names the first input that the target needs and does not get.
+
+        Args:
+            teacher: whether there are logits of a teacher or reference.
+            columns: names of the columns that are given for each token.
+        """
+        needs, columns = set(self.needs), set(columns)
+        if self.reads_logits(columns) and not teacher:
             raise ValueError(f"This target needs {' and '.join(sorted(needs))} logits, and no teacher is given.")
-        readable = reference_log_p_y or (teacher and not self.whole_batch)
+        readable = "reference_log_p_y" in columns or (teacher and not self.whole_batch)
         if needs & {"reference_log_p_y", "snapshot"} and not readable:
             raise ValueError("This target needs the label's log-probability under another model: reference_log_p_y.")
-        if "token_weight" in needs and not token_weight:
+        if "token_weight" in needs and "token_weight" not in columns:
             raise ValueError("This target reads token_weight, one weight for each token, and none is given.")
 
     def trusting(self, floor: float = 0.0, token_ids: Sequence[int] = ()) -> Target:
-        """The same target with a least trust for every label, and full trust in some of them.
+        """The same target with at least `floor` trust in every label, and full trust in labels among `token_ids`.
 
-        The value to report is then that of `s * CE(Q, p)`, since no paper publishes another one for it.
+        The reported value is then that of `s * CE(Q, p)`, since no paper publishes a value for such a mixture.
         """
         if floor == 0 and not token_ids:
             return self
@@ -205,9 +252,9 @@ class Target:
         return replace(self, trust=trust, value=None)
 
     def weights(self, tokens: Tokens) -> RowWeights:
-        """The weights of n tokens. `token_weight` multiplies the scale unless the rules read it themselves.
+        """The weights of n tokens. `token_weight` multiplies the scale, unless the rules read the column themselves.
 
-        A trust that the data gives a token is the last word on its gamma.
+        A token with a trust in the data gets that number as its gamma, whatever the rules and `trusting` say.
         """
         trust = _evaluate(self.trust, tokens)
         if tokens.given_trust is not None:
@@ -219,9 +266,9 @@ class Target:
         return RowWeights(scale * trust, scale * share, scale, trust)
 
     def token_loss(self, weights: RowWeights, tokens: Tokens) -> Tensor:
-        """(n,) the published value of the loss, nats; that of `s * CE(Q, p)` where nothing else is published.
+        """(n,) the value to report, in nats: `Target.value` if there is one, else that of `s * CE(Q, p)`.
 
-        Nobody publishes one for trusts that the data overrides.
+        With trusts from the data the value is always that of `s * CE(Q, p)`, as the published values assume the rules.
         """
         if self.value is not None and tokens.given_trust is None:
             value = _evaluate(self.value, tokens)
@@ -230,7 +277,7 @@ class Target:
         return loss if self.residual.is_student else loss + weights.residual * tokens.residual_nll
 
     def target_p_y(self, weights: RowWeights, tokens: Tokens) -> Tensor:
-        """(n,) Q(y), the probability that the target gives the label; above 1 or below 0 where Q is signed."""
+        """(n,) Q(y), the probability that the target gives the label; above 1 or below 0 if Q is signed."""
         share = 1 - weights.trust if self.residual_weight is None else _evaluate(self.residual_weight, tokens)
         pool_p_y = tokens.p_y if self.residual.is_student else tokens.residual_log_p_y.exp()
         return weights.trust + share * pool_p_y + (1 - weights.trust - share) * tokens.p_y

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import islice
 from typing import Any
 
@@ -198,8 +198,10 @@ def refuse_sharded_prompt(model: Any, accelerator: Any) -> None:
         )
 
 
-def refuse_images(model: Any, args: TargetSFTConfig) -> None:
-    """A model that would not see the images that the data has, or not those of its rows."""
+def refuse_images(model: Any, args: TargetSFTConfig, columns: Sequence[str] = ()) -> None:
+    """Refuse a model that would not see the images of the data, and options or token columns that images rule out."""
+    if columns:
+        raise ValueError(f"The column {columns[0]} is not read beside images: leave it out.")
     if args.teacher_batch_size:
         raise ValueError(
             "teacher_batch_size splits a micro-batch into rows, and each model has its own way to say whose an image "

@@ -9,7 +9,8 @@ from datasets import Dataset, IterableDataset
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from trl_qtarget import ProjectedLogits, TargetSFTConfig, TargetSFTTrainer, build, qtarget_loss, reference_loss
-from trl_qtarget.data import columns as data
+from trl_qtarget.data.collators import TokenColumnCollator
+from trl_qtarget.loss import per_token
 
 
 PACKED = {"packing": True, "max_length": 256}
@@ -160,14 +161,14 @@ def test_several_numbers_without_tokens_are_refused(train, rows):
 
 
 def test_rows_that_nobody_prepared_are_collated_all_the_same():
-    collate = data.TokenColumnCollator(DataCollatorForLanguageModeling(pad_token_id=0))
+    collate = TokenColumnCollator(DataCollatorForLanguageModeling(pad_token_id=0))
     batch = collate([
         {"input_ids": [5, 6, 7], "token_weight": [1, 2, 3], "trust": 0.5},
         {"input_ids": [8, 9], "token_weight": [4, 5], "trust": [None, 1]},
     ])  # fmt: skip
     assert batch["token_weight"].tolist() == [[2, 3, 0], [5, 0, 0]]  # where the tokens are predicted
     assert batch["trust"][:, :1].tolist() == [[0.5], [1]]
-    flat = data.TokenColumnCollator(DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True))
+    flat = TokenColumnCollator(DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True))
     assert flat([{"input_ids": [5, 6], "trust": 0.5}, {"input_ids": [7], "trust": 1}])["trust"].tolist() == [
         [0.5, 1, 0]
     ]
@@ -322,7 +323,7 @@ def test_wrapped_packing_hides_where_trajectories_begin(train, tokenized):
 
 def test_a_collator_reaches_workers_that_are_spawned(tokenizer):
     inner = DataCollatorForLanguageModeling(pad_token_id=tokenizer.pad_token_id)
-    sent = pickle.loads(pickle.dumps(data.TokenColumnCollator(inner)))
+    sent = pickle.loads(pickle.dumps(TokenColumnCollator(inner)))
     assert sent.pad_token_id == tokenizer.pad_token_id
     rows = [{"input_ids": [5, 6], "labels": [5, 6], "trust": 0.25}, {"input_ids": [7], "labels": [7], "trust": 1}]
     batch = sent(rows)
@@ -330,7 +331,7 @@ def test_a_collator_reaches_workers_that_are_spawned(tokenizer):
 
 
 def test_every_column_is_documented_by_name():
-    assert all(f"\n    {name} " in data.__doc__ for name in data.TOKEN_COLUMNS)
+    assert all(f"\n    {name} " in per_token.__doc__ for name in per_token.TOKEN_COLUMNS)
 
 
 # What trust is for

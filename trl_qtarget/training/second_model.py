@@ -1,0 +1,139 @@
+"""The second model of a run, a teacher or a reference: where it is chosen, and where it is opened.
+
+    what the run has                              what is read in each step
+    a loss without teacher or reference           nothing
+    teacher_cache                                 columns of the batch, which a collator takes from the cache
+    psft                                          Snapshot: the student of some updates ago
+    teacher_ema_decay                             Average: a moving average of the student
+    a teacher that is an adapter of one base      OtherAdapter: the student's base weights with the teacher's adapter
+    any other teacher                             FrozenModel
+    a reference, adapters on the student          AdaptersOff: the base weights
+    a reference, no adapters                      FrozenModel: a copy of the untrained student
+
+`choose` runs before TRL's trainer exists, so that a teacher that does not fit is refused before any data is tokenized,
+and a reference is copied before anything changes the student. `open_second_model` runs after it.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from transformers import PreTrainedModel
+
+from ..cache.offline import CachedTeacherCollator, open_cache
+from ..cache.sequences import by_name
+from ..data.columns import token_columns
+from ..data.known_ids import KnownIds
+from ..model.adapters import base_model
+from ..model.head import head_rows
+from ..teachers.loading import copy_of_initial, load_teacher
+from ..teachers.models import FrozenModel, within_student
+from ..teachers.vocab import Agreement, common_columns
+from ..theory.target import Target
+from .checks import compare_tokenizers, refuse, refuse_images, refuse_model, refuse_placement
+from .config import TargetSFTConfig
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The second model as it is known before TRL's trainer exists."""
+
+    columns: list[str]  # token columns that all datasets have
+    needed: bool  # the loss reads a teacher or reference that no column replaces
+    teacher: PreTrainedModel | str | None = None
+    reference: PreTrainedModel | None = None  # a copy of the untrained student
+    agreement: Agreement | None = None  # of the two tokenizers; None where they were not compared
+
+
+class SecondModel(NamedTuple):
+    """The second model as a trainer uses it."""
+
+    model: Any  # has `read(*parts)`; None where nothing is read in a step
+    vocabulary: int | None  # student and teacher are compared over these first ids; None: over all
+    collator: Any
+
+
+def choose(
+    student: PreTrainedModel | str,
+    teacher: PreTrainedModel | str | None,
+    args: TargetSFTConfig,
+    target: Target,
+    kwargs: dict[str, Any],
+) -> Choice:
+    """Choose the second model from the arguments of a trainer, `kwargs` being those of TRL's.
+
+    Raises:
+        ValueError: an option that the loss would not honour, or a teacher that is missing or does not fit.
+    """
+    if teacher is not None and args.teacher_cache is not None:
+        raise ValueError("teacher_model and teacher_cache are both given: leave one of them out.")
+    teacher = teacher or (None if args.teacher_cache else args.teacher_model_name_or_path)
+    refuse(args, target, teacher or args.teacher_ema_decay, kwargs)
+    refuse_placement(args, target)
+    refuse_model(student, teacher, args, kwargs.get("peft_config"))
+    columns = token_columns(kwargs.get("train_dataset"), kwargs.get("eval_dataset"))
+    if not target.reads_model(columns):
+        return Choice(columns, needed=False)
+    if teacher is not None:
+        rows = kwargs.get("train_dataset") or ()
+        agreement = compare_tokenizers(student, teacher, kwargs.get("processing_class"), args, rows)
+        if teacher is student and not isinstance(student, str):
+            teacher = copy.deepcopy(student)  # freezing the teacher must not freeze the student
+        return Choice(columns, True, teacher, agreement=agreement)
+    if args.teacher_ema_decay or args.teacher_cache:
+        return Choice(columns, needed=True)
+    return Choice(columns, True, reference=copy_of_initial(student, args, kwargs.get("peft_config")))
+
+
+def open_second_model(choice: Choice, trainer: Any) -> SecondModel:
+    """Load and place the chosen model beside the trainer's student, and hold the data to the ids that it knows.
+
+    Raises:
+        ValueError: the teacher does not fit the student or the data.
+    """
+    args, target, collator = trainer.args, trainer.target, trainer.data_collator
+    if "snapshot" not in target.needs:
+        if not choice.needed:
+            return SecondModel(None, None, collator)
+        if args.teacher_cache is not None:
+            return _open_cache(trainer)
+    if choice.reference is not None:
+        return SecondModel(FrozenModel(choice.reference, trainer.accelerator, args.teacher_offload), None, collator)
+    inside = within_student(trainer.model, choice.teacher, target, args, trainer.accelerator)
+    if inside is not None:
+        return SecondModel(inside, None, collator)
+    teacher: Any = choice.teacher
+    if isinstance(teacher, str):
+        teacher = load_teacher(teacher, args)
+    if trainer._is_vision_dataset:
+        refuse_images(teacher, args)
+    vocabulary, collator = _common_vocabulary(teacher, choice.agreement, trainer)
+    return SecondModel(FrozenModel(teacher, trainer.accelerator, args.teacher_offload), vocabulary, collator)
+
+
+def _open_cache(trainer: Any) -> SecondModel:
+    if trainer._is_vision_dataset:
+        raise ValueError("A teacher cache holds sequences of text: for images pass teacher_model_name_or_path.")
+    columns = head_rows(base_model(trainer.model))
+    datasets = by_name(trainer.train_dataset, trainer.eval_dataset)
+    cache = open_cache(trainer.args, trainer._tokenizer, columns, datasets)
+    made = cache.settings
+    trainer.accelerator.print(f"Teacher: {made.teacher}, {made.k} ids a label from {len(cache)} cached sequences")
+    vocabulary = made.vocab_size if made.vocab_size < columns else None
+    return SecondModel(None, vocabulary, CachedTeacherCollator(trainer.data_collator, cache))
+
+
+def _common_vocabulary(teacher: Any, agreement: Agreement | None, trainer: Any) -> tuple[int | None, Any]:
+    """The number of first ids that the models are compared over, and a collator that refuses data outside of them."""
+    tokenizer = trainer._tokenizer
+    student_rows, teacher_rows = head_rows(base_model(trainer.model)), head_rows(teacher)
+    vocabulary, report = common_columns(agreement, len(tokenizer), student_rows, teacher_rows)
+    trainer.accelerator.print(report)
+    if vocabulary is None:
+        return None, trainer.data_collator
+    known = KnownIds(trainer.data_collator, {"labels": vocabulary, "input_ids": teacher_rows}, tokenizer)
+    known.scan("train", trainer.train_dataset)
+    known.scan("eval", trainer.eval_dataset)
+    return vocabulary, known
