@@ -1,4 +1,4 @@
-"""Collators that put numbers beside the tokens of a batch."""
+"""The collator that adds token columns to a batch, and the trajectories of a batch."""
 
 from __future__ import annotations
 
@@ -8,26 +8,27 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from ..loss.per_token import shifted
-from .columns import TOKEN_COLUMNS, one_number_each
+from ..loss.per_token import TOKEN_COLUMNS, shifted
+from .columns import one_number_each
 
 
 class WrappedCollator:
-    """A collator around another one, whose attributes are found, and configured, through it."""
+    """A collator around another collator; attributes are looked up on the inner one, so TRL finds its settings."""
 
     def __init__(self, collator: Any):
         self.collator = collator
 
     def __getattr__(self, name: str) -> Any:
-        if name == "collator" or name.startswith("__"):  # unpickled, it is asked for these before it has any attribute
+        if name == "collator" or name.startswith("__"):  # pickle looks these up before `__init__` has run
             raise AttributeError(name)
         return getattr(self.collator, name)
 
 
 class TokenColumnCollator(WrappedCollator):
-    """Adds the token columns of the rows, padded or flattened as its input ids are.
+    """Adds the token columns of the rows to a batch, padded or flattened like the input ids.
 
-    Each number goes where its token is predicted, one position to the left.
+    Each number goes to the position that predicts its token, one to the left. The shift happens here and not in the
+    loss, because sequence parallelism splits a batch between the two.
     """
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
@@ -36,7 +37,10 @@ class TokenColumnCollator(WrappedCollator):
             if name not in examples[0]:
                 continue
             if "attention_mask" in batch and not batch["attention_mask"][:, 0].all():
-                raise ValueError(f"{name} is placed from the left, where this collator pads: pad on the right.")
+                raise ValueError(
+                    f"The column {name} needs padding on the right, and this data collator pads on the left: set the "
+                    "tokenizer's padding_side to 'right'."
+                )
             rows = [one_number_each(example[name], name, len(example["input_ids"])) for example in examples]
             columns = [torch.tensor(row, dtype=torch.float32) for row in rows]
             if getattr(self.collator, "padding_free", False):
@@ -47,7 +51,7 @@ class TokenColumnCollator(WrappedCollator):
 
 
 def trajectories(inputs: dict[str, Any]) -> Tensor:  # (B, T)
-    """Which trajectory each token is part of: its row, or its document where several are packed into one row."""
+    """The id of each token's trajectory: its row, or its document in a row that packs several."""
     labels = inputs["labels"]
     positions = inputs.get("position_ids")
     rows = torch.arange(len(labels), device=labels.device)[:, None]

@@ -1,13 +1,6 @@
-"""Numbers beside tokens: columns that ride through preparation and collation, and trajectories.
+"""Token columns through the preparation of a dataset: tokenizing, truncation, packing and shuffling.
 
-A row of the dataset may carry, for each of its `input_ids` or once for all of them:
-
-    token_weight        multiplies the loss of the token (`critical_token` reads it itself)
-    trust               replaces gamma, after `trust_floor` and `trust_token_ids`; null or NaN leave it to the loss
-    reference_log_p_y   log pi_ref of the token, for losses that would otherwise load a reference (iw_sft, prift)
-    reference_mass      rank mass of the token under pi_ref, for prift with statistic="mass"
-
-One number for the whole row needs no tokenized row.
+`loss.per_token` lists the columns. TRL's preparation knows nothing of them, and would drop or misplace their numbers.
 """
 
 from __future__ import annotations
@@ -20,14 +13,12 @@ import numpy as np
 from datasets import Dataset
 
 from ..compat import column_names
-
-
-TOKEN_COLUMNS = ("token_weight", "trust", "reference_log_p_y", "reference_mass")
-REFERENCE_COLUMNS = TOKEN_COLUMNS[2:]  # read behind the row's own prefix
+from ..loss.per_token import REFERENCE_COLUMNS, TOKEN_COLUMNS
+from ..theory.reference import IGNORE
 
 
 def token_columns(*datasets: Any) -> list[str]:
-    """The token columns that every dataset has, of those that are there; one of them may be a dict of several."""
+    """The token columns that all given datasets have; a dataset may be None, or a dict of datasets."""
     names: list[Collection[str]] = []
     for dataset in datasets:
         several = dataset.values() if isinstance(dataset, dict) else [dataset]
@@ -44,20 +35,21 @@ def prepared(
     formatting_func: Any,
     name: str,
 ) -> Any:
-    """What `SFTTrainer._prepare_dataset`, whose arguments these are, makes of it, with numbers beside their tokens.
+    """Prepare a dataset with `prepare`, which is `SFTTrainer._prepare_dataset`, and keep numbers beside their tokens.
 
-    Rows are tokenized and labelled first. What cuts, drops, packs and shuffles then sees tokens that are vectors, each
-    an id and its numbers, and takes them for ids.
+    A first call tokenizes and labels the rows. For the second call each token is a vector [id, weight, ...], so that
+    truncation, packing and shuffling move every number together with its token.
 
     Raises:
-        ValueError: a row without one number for each token, or numbers that would be wrong once the row is cut.
+        ValueError: a row does not have one number for each token, or truncation would put tokens behind another prefix
+            than the one that their numbers were computed with.
     """
     columns = token_columns(dataset)
     if not columns:
         return prepare(dataset, processing_class, args, packing, formatting_func, name)
     _check_prefixes(columns, args, packing)
     options: dict[str, Any] = {"fn_kwargs": {"columns": columns}}
-    if isinstance(dataset, Dataset):  # a stream knows no processes
+    if isinstance(dataset, Dataset):  # `IterableDataset.map` has no num_proc
         options["num_proc"] = args.dataset_num_proc
     if "input_ids" not in column_names(dataset):
         dataset = dataset.map(_check_one_number, **options)
@@ -66,7 +58,7 @@ def prepared(
     dataset = prepare(dataset, processing_class, uncut, False, formatting_func, name)
     dataset = dataset.map(_join, remove_columns=columns, **options)
     dataset = prepare(dataset, processing_class, args, packing, None, name)
-    return dataset.map(_part, **options)
+    return dataset.map(_split, **options)
 
 
 def _check_prefixes(columns: list[str], args: Any, packing: bool) -> None:
@@ -92,25 +84,26 @@ def _check_one_number(row: dict[str, Any], columns: list[str]) -> dict[str, Any]
 
 
 def _join(row: dict[str, Any], columns: list[str]) -> dict[str, Any]:
-    """Tokens as vectors: (T, 1 + columns), in float64, which holds every id exactly."""
+    """Replace `input_ids` by vectors [id, number, ...], (T, 1 + columns), in float64, which holds every id exactly."""
     labels = row["labels"]
     numbers = [one_number_each(row[name], name, len(labels)) for name in columns]
-    learnt = np.asarray(labels) != -100
+    learnt = np.asarray(labels) != IGNORE
     for name, x in zip(columns, numbers, strict=True):
-        first = int(name in REFERENCE_COLUMNS)  # nothing has predicted the first token
+        first = int(name in REFERENCE_COLUMNS)  # no model predicts the first token
         if name != "trust" and not np.isfinite(x[first:][learnt[first:]]).all():
             raise ValueError(f"A labelled token has no finite number in {name}: give it one, or mask its label.")
     return {"input_ids": np.stack([np.asarray(row["input_ids"], dtype=np.float64), *numbers], axis=1).tolist()}
 
 
-def _part(row: dict[str, Any], columns: list[str]) -> dict[str, Any]:
+def _split(row: dict[str, Any], columns: list[str]) -> dict[str, Any]:
+    """Undo `_join`: ids and one list of numbers for each column."""
     ids, *numbers = np.asarray(row["input_ids"], dtype=np.float64).reshape(-1, 1 + len(columns)).T
     numbers = [x.tolist() for x in numbers]
     return {"input_ids": ids.astype(np.int64).tolist(), **dict(zip(columns, numbers, strict=True))}
 
 
 def one_number_each(given: Any, name: str, tokens: int) -> np.ndarray:  # (tokens,)
-    """One number for each token; None is NaN."""
+    """One number for each token, from one number for each or one for all; None becomes NaN."""
     x = np.asarray(given, dtype=np.float64)
     if x.ndim == 0:
         return x.repeat(tokens)

@@ -12,7 +12,7 @@ from transformers.utils import find_adapter_config_file
 
 
 def adapter_config(path: str, revision: str | None = None) -> Any:
-    """The configuration of the adapter that a Hub id or folder holds, or None."""
+    """The configuration of the adapter in a folder or Hub repository, or None if it holds no adapter."""
     if find_adapter_config_file(path, revision=revision) is None:
         return None
     from peft import PeftConfig
@@ -21,12 +21,12 @@ def adapter_config(path: str, revision: str | None = None) -> Any:
 
 
 def base_model(model: Any) -> PreTrainedModel:
-    """The transformers model, under its adapters where it has some."""
+    """The transformers model inside a PEFT model; any other model as it is."""
     return model.get_base_model() if is_peft_model(model) else model
 
 
 def adapts_head(config: Any, names: Iterable[str] = ("lm_head",)) -> bool:
-    """Whether an adapter of this configuration computes part of the logits, in a head that goes by one of `names`."""
+    """Whether an adapter of this configuration changes the output head, which is called one of `names`."""
     from peft.tuners.tuners_utils import check_target_module_exists
 
     modules, parameters = (getattr(config, f"target_{kind}", None) or () for kind in ("modules", "parameters"))
@@ -35,7 +35,7 @@ def adapts_head(config: Any, names: Iterable[str] = ("lm_head",)) -> bool:
 
 
 def adapters_of(model: Any) -> list[Any]:
-    """The configurations of a PEFT model's adapters; none for a model without, or one that is not loaded yet."""
+    """The configurations of a PEFT model's adapters; an empty list for a plain model, or for the name of a model."""
     if not (isinstance(model, Module) and is_peft_model(model)):
         return []
     configs: Any = model.peft_config
@@ -43,5 +43,5 @@ def adapters_of(model: Any) -> list[Any]:
 
 
 def has_virtual_tokens(model: Any) -> bool:
-    """Whether adapters put tokens of their own before those of the data, as in prompt tuning."""
+    """Whether an adapter puts virtual tokens before those of the data, as prompt tuning does."""
     return any(config.is_prompt_learning for config in adapters_of(model))

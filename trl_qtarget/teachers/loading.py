@@ -1,4 +1,4 @@
-"""From a Hub id or folder to a model, and from the arguments of a run to the ones it reads."""
+"""Loading of frozen models: teachers from a Hub id or folder, and copies of the untrained student."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from ..model.adapters import adapter_config, adapts_head, base_model
 
 
 def load(path: str, args: Any, **kwargs: Any) -> PreTrainedModel:
-    """A frozen model from a Hub id or folder, in the run's own precision unless `kwargs` say otherwise.
+    """Load a model from a Hub id or folder, in the precision of the run unless `kwargs` have a dtype.
 
-    An adapter is merged into a copy of its base.
+    An adapter is merged into its base model.
     """
     adapter = adapter_config(path, kwargs.get("revision"))
     if adapter is not None:
@@ -26,23 +26,23 @@ def load(path: str, args: Any, **kwargs: Any) -> PreTrainedModel:
     if "dtype" not in kwargs and (args.bf16 or args.fp16):
         kwargs["dtype"] = "bfloat16" if args.bf16 else "float16"
     if args.distributed_state.distributed_type != "NO" or args.teacher_offload:
-        kwargs["device_map"] = None  # every rank holds its own copy, or its shard; offloaded, it stays on the host
+        kwargs["device_map"] = None  # each rank loads a copy or its shard; offloaded weights stay on the host
     kwargs.setdefault("trust_remote_code", args.trust_remote_code)
     return create_model(path, **kwargs)
 
 
 def revision_of(args: Any) -> dict[str, str]:
-    """The teacher's revision as a keyword, where one is given."""
+    """The teacher's revision as a keyword argument; none if no revision is given."""
     return {} if args.teacher_model_revision is None else {"revision": args.teacher_model_revision}
 
 
 def load_teacher(path: str, args: Any) -> PreTrainedModel:
-    """A teacher with weights of its own."""
+    """Load the teacher of a run as a separate model."""
     return load(path, args, **(args.teacher_model_init_kwargs or {}), **revision_of(args))
 
 
 def shares_base(student: Any, path: str, args: Any) -> bool:
-    """Whether a folder or Hub id holds an adapter for the very base weights that a PEFT student has."""
+    """Whether a folder or Hub id holds an adapter for the base weights of a PEFT student, of the same adapter type."""
     adapter = adapter_config(path, args.teacher_model_revision) if is_peft_model(student) else None
     if adapter is None:
         return False
@@ -50,11 +50,11 @@ def shares_base(student: Any, path: str, args: Any) -> bool:
     same_kind = own.peft_type == adapter.peft_type and (own.revision or "main") == (adapter.revision or "main")
     name = adapter.base_model_name_or_path
     same_base = bool(name) and name == base_model(student).config._name_or_path
-    return same_base and same_kind and not adapts_head(adapter)  # it would be read without its part of the head
+    return same_base and same_kind and not adapts_head(adapter)  # its part of the head would be left out
 
 
 def copy_of_initial(model: Any, args: Any, peft_config: Any) -> Any:
-    """The student before training, to be kept beside it; None where its base weights under adapters are just that."""
+    """A copy of the untrained student; None if adapters are trained, as the base weights are the untrained model."""
     if peft_config is not None or (not isinstance(model, str) and is_peft_model(model)):
         return None
     if isinstance(model, str):

@@ -1,7 +1,7 @@
 """Models that are read and never trained: a teacher, the initial weights, the student of a few updates ago.
 
-Each has `read(*parts)`, which gives hidden states and head for the very inputs the student gets, whole or some rows at
-a time: same positions, same masks, same packing.
+Each has `read(*parts)`, which returns hidden states and head for the inputs of the student, with the same positions,
+masks and packing. The inputs may come in several parts of some rows each.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from .loading import revision_of, shares_base
 from .placement import OnHost
 
 
-ADAPTER = "qtarget_teacher"  # its name beside the student's own
+ADAPTER = "qtarget_teacher"  # name of the teacher's adapter beside the student's
 
 
 class FrozenModel:
-    """A model of its own, beside the student; with `offload`, its weights are there only while they are read.
+    """A second model beside the student; with `offload` its weights are on the device only while it reads.
 
     Raises:
-        ValueError: weights to offload of which each rank holds parts.
+        ValueError: `offload` under FSDP or ZeRO-3, where each rank holds a shard of the weights.
     """
 
     def __init__(self, model: PreTrainedModel, accelerator: Any, offload: bool = False):
@@ -58,7 +58,7 @@ class FrozenModel:
 
 
 class AdaptersOff:
-    """The base weights under a PEFT student: the initial model, without a second copy of it."""
+    """The base weights of a PEFT student, which are the initial model: no second copy is loaded."""
 
     def __init__(self, model: Any):
         self.model = model
@@ -69,9 +69,9 @@ class AdaptersOff:
 
 
 class OtherAdapter:
-    """A frozen adapter beside the trained one, over the same base weights: a teacher without a second copy of them.
+    """A frozen adapter beside the trained one, over the same base weights: the base model is loaded once.
 
-    PEFT knows of it only while it is read, so that it is never saved.
+    The adapter is registered with PEFT only while the teacher reads, so that saving the student does not save it.
     """
 
     def __init__(self, model: Any, path: str, **kwargs: Any):
@@ -94,15 +94,15 @@ class OtherAdapter:
 
 
 def _without_teacher(module: Any, weights: dict[str, Any], *_: Any) -> None:
-    """PEFT leaves adapters that it knows of out of what it saves of another, and of this one it does not know."""
+    """Remove the teacher's adapter from a state dict: PEFT removes only adapters that are registered with it."""
     for name in [name for name in weights if f".{ADAPTER}." in name]:
         del weights[name]
 
 
 class Remembered(ABC):
-    """An earlier student: copies of its trainable weights, swapped in to be read.
+    """An earlier student: copies of its trainable weights, which are swapped in while the model reads.
 
-    Before the first update, as in an evaluation of the untrained model, it is the student itself.
+    Before the first update, as in an evaluation of the untrained model, there are no copies and the student reads.
     """
 
     file: str
@@ -113,22 +113,25 @@ class Remembered(ABC):
         self.weights: dict[str, torch.Tensor] = {}
 
     def trainable(self) -> dict[str, torch.Tensor]:
-        """The weights of the student as they are now."""
+        """The student's current trainable weights, by name."""
         return {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
 
     @abstractmethod
     def renew(self, step: int) -> None:
-        """Bring the copies to what they are before update number `step`."""
+        """Bring the copies to their values before optimizer update number `step`."""
 
     def save(self, folder: Path) -> None:
-        """Keep it in a checkpoint, so that a resumed run remembers the same model."""
+        """Write the copies into a checkpoint, so that a resumed run reads the same earlier student."""
         weights = {name: weight.contiguous() for name, weight in self.weights.items()}
         save_file(weights, folder / self.file, metadata={"taken_at": str(self.taken_at)})
 
     def load(self, folder: Path) -> None:
-        """Take it from a checkpoint that has one."""
+        """Read the copies from a checkpoint; without a file in it, warn and start from the current weights."""
         if not (folder / self.file).is_file():
-            warnings.warn(f"{folder} has no {self.file}: what it remembers starts from its weights.", stacklevel=2)
+            warnings.warn(
+                f"{folder} has no {self.file}: the earlier student of the loss starts from the current weights.",
+                stacklevel=2,
+            )
             return
         devices = {name: p.device for name, p in self.model.named_parameters()}
         with safe_open(folder / self.file, "pt") as file:
@@ -162,7 +165,7 @@ class Snapshot(Remembered):
         self.every = every
 
     def renew(self, step: int) -> None:
-        """Copy the weights if it is time: before update 0, `every`, 2 `every` and so on."""
+        """Copy the weights before the updates 0, `every`, 2 * `every` and so on."""
         if not self.weights or (step % self.every == 0 and step != self.taken_at):
             self.weights = {name: weight.clone() for name, weight in self.trainable().items()}
             self.taken_at = step
@@ -178,7 +181,7 @@ class Average(Remembered):
         self.decay = decay
 
     def renew(self, step: int) -> None:
-        """Average in the weights that the last update has left."""
+        """Move the average towards the weights after the last update."""
         if step == self.taken_at:
             return
         for name, weight in self.trainable().items():
@@ -188,17 +191,17 @@ class Average(Remembered):
 
 
 def _detached(teacher: ProjectedLogits) -> ProjectedLogits:
-    """With a head that keeps its storage when its parameter gets another one."""
+    """The same with a head that keeps its values when other data is swapped into its parameters."""
     bias = None if teacher.bias is None else teacher.bias.detach()
     return replace(teacher, weight=teacher.weight.detach(), bias=bias)
 
 
 def within_student(student: Any, teacher: Any, target: Target, args: Any, accelerator: Any) -> Any:
-    """The second model, where all its weights or most of them are the student's own; None where it stands apart.
+    """The second model if it shares most weights with the student, else None.
 
     Raises:
-        ValueError: copies of weights of which each rank holds parts: what is swapped in would never be gathered; or
-            weights to offload that the student needs too.
+        ValueError: a snapshot or average under FSDP or ZeRO-3, where weights swapped into one rank's shard would never
+            be gathered; or `teacher_offload` for weights that the student needs as well.
     """
     if ("snapshot" in target.needs or args.teacher_ema_decay is not None) and shards_weights(accelerator):
         raise ValueError(
@@ -216,14 +219,15 @@ def within_student(student: Any, teacher: Any, target: Target, args: Any, accele
         inside = OtherAdapter(student, teacher, **revision_of(args))
     if inside is not None and args.teacher_offload:
         raise ValueError(
-            "teacher_offload is for a teacher with weights of its own, and this one has the student's: leave it out."
+            "teacher_offload is for a teacher with weights of its own, and this teacher shares the student's: leave "
+            "it out."
         )
     return inside
 
 
 @contextlib.contextmanager
 def _trainable_kept(model: torch.nn.Module) -> Iterator[None]:
-    """Whatever PEFT does in between, the same parameters require a gradient afterwards, and no new one does."""
+    """Restore which parameters require a gradient when the context ends: PEFT changes that as it switches adapters."""
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
     try:
         yield
@@ -234,7 +238,7 @@ def _trainable_kept(model: torch.nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """No dropout and no gradient checkpointing, for one forward pass."""
+    """Put the model into evaluation mode for the length of the context: no dropout, no gradient checkpointing."""
     training = model.training
     model.eval()
     try:

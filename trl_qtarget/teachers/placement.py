@@ -1,4 +1,4 @@
-"""Where the weights of a model that is only read are between steps, and how many rows of a batch it reads at once."""
+"""Two ways to save a teacher's memory: its weights wait in host memory, or it reads a batch a few rows at a time."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from ..loss.teacher import ProjectedLogits
 class OnHost:
     """Keeps a frozen model's weights in host memory; inside the context they are on `device`.
 
-    The host's copies are never changed, so leaving the context moves nothing: the device's are dropped, but for what
-    somebody still refers to.
+    The host's copies never change, so leaving the context copies nothing back: the device's copies are freed, unless
+    a tensor outside the model still refers to them.
     """
 
     def __init__(
@@ -28,7 +28,7 @@ class OnHost:
         self.weights = [*model.parameters(), *model.buffers()]
         self.kept = [x.data.cpu() for x in self.weights]
         if device.type == "cuda":
-            self.kept = [x.pin_memory() for x in self.kept]  # pageable memory is copied twice, and holds up the host
+            self.kept = [x.pin_memory() for x in self.kept]  # a copy from pageable memory blocks the host
         self.__exit__()
 
     def __enter__(self) -> None:
@@ -41,10 +41,10 @@ class OnHost:
 
 
 def read_in_parts(teacher: Any, inputs: dict[str, Any], size: int | None, accelerator: Any) -> ProjectedLogits:
-    """What a teacher says of a batch of which it reads up to `size` rows at once.
+    """Hidden states and head of a teacher that reads at most `size` rows of the batch at once.
 
-    Ranks that hold parts of the weights gather them together. So all read as often as the one that has most rows, the
-    others their last part again.
+    With sharded weights every forward pass is a collective operation, so all ranks must read equally often: a rank
+    with fewer parts reads its last part again.
     """
     rows = len(inputs["input_ids"])
     parts = [inputs]

@@ -1,4 +1,4 @@
-"""What a trainer refuses before it touches any data: options that would be ignored, or that cannot be right."""
+"""Checks before any data is tokenized: refuse options that would be ignored, and combinations that cannot be right."""
 
 from __future__ import annotations
 
@@ -30,10 +30,12 @@ logger = get_logger(__name__)
 def compare_tokenizers(
     model: Any, teacher: Any, processing_class: Any, args: TargetSFTConfig, rows: Iterable[Any] = ()
 ) -> Agreement | None:
-    """What both tokenizers agree on, None where one cannot be found: models made in memory have none.
+    """Compare the tokenizers of student and teacher; None if one is not found, as for models made in memory.
 
-    Refuses a teacher of other token ids, and one that splits the probes or the first rows of the data differently;
-    warns of tokens that only one side knows.
+    Warns of tokens that only one of the two knows.
+
+    Raises:
+        ValueError: the token ids differ, or the two split the probes or the first rows of the data differently.
     """
     names = [m if isinstance(m, str) else m.config._name_or_path for m in (model, teacher)]
     student = getattr(processing_class, "tokenizer", processing_class)
@@ -55,19 +57,19 @@ def compare_tokenizers(
 
 
 def _tokenizer_of(name: str, revision: str | None, args: TargetSFTConfig) -> Any:
-    """The tokenizer beside a model, None where there is none."""
+    """The tokenizer in a model's folder or Hub repository, or None."""
     if not name:
         return None
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=args.trust_remote_code)
-    except (OSError, ValueError, ImportError, TypeError):  # the last two where transformers 4 finds no file to read
+    except (OSError, ValueError, ImportError, TypeError):  # transformers 4 raises the last two if it finds no file
         return None
-    # beside many a model without a tokenizer, transformers 5 finds one that knows its special tokens and nothing else
+    # for many models without a tokenizer transformers 5 makes one that has special tokens only
     return tokenizer if tokenizer.get_vocab().keys() - tokenizer.get_added_vocab().keys() else None
 
 
 def refuse(args: TargetSFTConfig, target: Target, teacher: Any, kwargs: dict[str, Any]) -> None:
-    """What would be ignored in silence, or cannot be right; said before any data is tokenized."""
+    """Refuse arguments that would be ignored in silence, and combinations of loss and engine that cannot be right."""
     loss = args.loss
     cached = args.teacher_cache is not None
     if "teacher" in target.needs and teacher is None and not cached:
@@ -78,8 +80,8 @@ def refuse(args: TargetSFTConfig, target: Target, teacher: Any, kwargs: dict[str
     residual = target.residual
     if cached and residual.teacher != 0 and residual.student + residual.teacher != 1:
         raise ValueError(
-            f"Loss {loss!r} takes a residual whose exponents do not sum to one, which needs all of the teacher's "
-            "columns and not the most probable of a cache: pass --teacher_model_name_or_path instead."
+            f"Loss {loss!r} has a residual whose exponents do not sum to one, so it needs all of the teacher's "
+            "columns, and a cache holds the most probable ones only: pass --teacher_model_name_or_path instead."
         )
     if (teacher is not None or cached) and not takes_model:
         warnings.warn(f"Loss {loss!r} takes no teacher: the one given is not used.", stacklevel=3)
@@ -100,7 +102,7 @@ def refuse(args: TargetSFTConfig, target: Target, teacher: Any, kwargs: dict[str
 
 
 def _refuse_parallelism(args: TargetSFTConfig, target: Target) -> None:
-    """Ways to split one sequence or one layer over ranks under which this loss would be wrong, or was never seen."""
+    """Refuse parallelism within a sequence or layer under which this loss would be wrong or was never tested."""
     config = compat.parallelism_config(args)
     parts = compat.sequence_parallel_size(config)
     second_model = target.reads_model() or "snapshot" in target.needs
@@ -123,23 +125,23 @@ def _refuse_parallelism(args: TargetSFTConfig, target: Target) -> None:
 
 
 def refuse_placement(args: TargetSFTConfig, target: Target) -> None:
-    """Ways to keep or read a second model, where there is none or it cannot be read so."""
+    """Refuse options that say how to keep or read a second model, if the run has none or cannot do so."""
     asked = [name for name in ("teacher_offload", "teacher_batch_size") if getattr(args, name)]
     second_model = target.reads_model() or "snapshot" in target.needs
     if asked and (args.teacher_cache is not None or not second_model):
         why = "teacher_cache stands for it" if second_model else f"loss {args.loss!r} has none"
         raise ValueError(f"{asked[0]} is for a teacher that is read in each step, and {why}: leave it out.")
     if args.teacher_offload and args.device.type == "cpu":
-        raise ValueError("teacher_offload keeps the teacher in host memory, and this run is there: leave it out.")
+        raise ValueError("teacher_offload moves the teacher to the CPU, and this run is on the CPU: leave it out.")
     if args.teacher_batch_size and (args.padding_free or (args.packing and args.packing_strategy != "wrapped")):
         raise ValueError(
-            "teacher_batch_size is in rows, and packing or padding_free joins those of a micro-batch into one: lower "
-            "per_device_train_batch_size, or turn both off."
+            "teacher_batch_size counts rows, and packing or padding_free joins the rows of a micro-batch into one: "
+            "lower per_device_train_batch_size, or turn both off."
         )
 
 
 def refuse_model(model: Any, teacher: Any, args: TargetSFTConfig, peft_config: Any) -> None:
-    """Models and adapters of which a part would not be trained, not be read, or be put elsewhere than was asked."""
+    """Refuse models and adapters of which a part would not be trained, not be read, or not be placed as asked."""
     _refuse_split_model(model, args.model_init_kwargs, "The student", args)
     _refuse_split_model(teacher, args.teacher_model_init_kwargs, "The teacher", args)
     if peft_config is not None and adapts_head(peft_config, _head_names(model)):
@@ -155,7 +157,7 @@ def refuse_model(model: Any, teacher: Any, args: TargetSFTConfig, peft_config: A
     virtual = has_virtual_tokens(model) or getattr(peft_config, "is_prompt_learning", False)
     if virtual and (args.padding_free or (args.packing and args.packing_strategy != "wrapped")):
         raise ValueError(
-            "With prompt learning PEFT drops position_ids, and the rows that packing or padding_free join would read "
+            "With prompt learning PEFT drops position_ids, and rows joined by packing or padding_free would attend to "
             "each other: turn both off."
         )
     if virtual and compat.sequence_parallel_size(compat.parallelism_config(args)) > 1:
@@ -164,11 +166,13 @@ def refuse_model(model: Any, teacher: Any, args: TargetSFTConfig, peft_config: A
             "or train a LoRA."
         )
     if args.activation_offloading and args.device.type == "cpu":
-        raise ValueError("activation_offloading moves activations to the CPU, and this run is there: leave it out.")
+        raise ValueError(
+            "activation_offloading moves activations to the CPU, and this run is on the CPU: leave it out."
+        )
 
 
 def _refuse_split_model(model: Any, init_kwargs: Any, whose: str, args: TargetSFTConfig) -> None:
-    """One model over all devices of one process, under several processes."""
+    """Refuse a device_map that spreads one model over the devices of one process, in a run of several processes."""
     if args.distributed_state.distributed_type == "NO":
         return
     device_map = (
@@ -182,7 +186,7 @@ def _refuse_split_model(model: Any, init_kwargs: Any, whose: str, args: TargetSF
 
 
 def _head_names(model: Any) -> list[str]:
-    """What the output head may be called in a configuration of adapters."""
+    """The names that a configuration of adapters may use for the output head."""
     if isinstance(model, str):
         return ["lm_head"]
     base = base_model(model)
@@ -191,7 +195,7 @@ def _head_names(model: Any) -> list[str]:
 
 
 def refuse_sharded_prompt(model: Any, accelerator: Any) -> None:
-    """Virtual tokens under FSDP: PEFT saves what it computes of them, where no forward pass has gathered them."""
+    """Refuse prompt learning under FSDP: PEFT would compute the virtual tokens it saves from sharded weights."""
     if has_virtual_tokens(model) and getattr(accelerator.state, "fsdp_plugin", None) is not None:
         raise ValueError(
             "With prompt learning PEFT cannot save virtual tokens that FSDP shards: train with DDP or ZeRO, or a LoRA."
@@ -204,20 +208,23 @@ def refuse_images(model: Any, args: TargetSFTConfig, columns: Sequence[str] = ()
         raise ValueError(f"The column {columns[0]} is not read beside images: leave it out.")
     if args.teacher_batch_size:
         raise ValueError(
-            "teacher_batch_size splits a micro-batch into rows, and each model has its own way to say whose an image "
-            "is: lower per_device_train_batch_size instead."
+            "teacher_batch_size splits a micro-batch into rows, and no common rule tells which images belong to which "
+            "row: lower per_device_train_batch_size instead."
         )
     if has_virtual_tokens(model):
         raise ValueError("Prompt learning replaces the ids by which images are placed: train a LoRA instead.")
     if "pixel_values" not in inspect.signature(base_model(model).forward).parameters:
         raise ValueError(
-            f"The data has images, and {type(base_model(model)).__name__} reads none: it would take their "
-            "placeholders for text. Give a vision-language teacher of the student's own kind, or data without images."
+            f"The data has images, and {type(base_model(model)).__name__} reads none: it would read their "
+            "placeholders as text. Give a vision-language teacher of the student's family, or data without images."
         )
 
 
 def mean_nll(log_p_y: Tensor, labels: Tensor, accelerator: Any, vocabulary: int) -> float:
-    """What the labels of a batch cost a teacher or reference, over all ranks; said aloud if guessing were better."""
+    """Mean negative log-likelihood of a batch's labels under a teacher or reference, in nats, over all ranks.
+
+    A teacher that is worse than an even guess over the vocabulary is reported in a warning.
+    """
     learnt = labels != IGNORE
     nll, tokens = accelerator.reduce(torch.stack([-log_p_y[learnt].float().sum(), learnt.sum().float()])).tolist()
     mean = nll / max(tokens, 1)
@@ -230,10 +237,10 @@ def mean_nll(log_p_y: Tensor, labels: Tensor, accelerator: Any, vocabulary: int)
 
 
 def trusted_ids(tokenizer: Any, tokens: list[str]) -> list[int]:
-    """The ids of `trust_token_ids`: ids as they are, tokens, and "special" for all special tokens.
+    """The ids that `trust_token_ids` names: ids, tokens, and "special" for all special tokens.
 
     Raises:
-        ValueError: neither a token nor the id of one.
+        ValueError: an entry is neither a token of the tokenizer nor the id of one.
     """
     ids: set[int] = set()
     for token in map(str, tokens):

@@ -1,4 +1,4 @@
-"""`TargetSFTConfig`: TRL's `SFTConfig`, and what the target distribution adds to it."""
+"""`TargetSFTConfig`: TRL's `SFTConfig` with the options of the target distribution, the teacher and the kernels."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class TargetSFTConfig(SFTConfig):
     r"""
     Configuration class for the [`TargetSFTTrainer`].
 
-    It has every parameter of [`~trl.SFTConfig`], and these.
+    It has every parameter of [`~trl.SFTConfig`] and the following.
 
     Parameters:
         > Parameters that control the target distribution
@@ -32,32 +32,33 @@ class TargetSFTConfig(SFTConfig):
             Arguments of the loss, for example `{"eta": 0.25}`. Defaults are the published ones.
         trust_floor (`float`, *optional*, defaults to `0.0`):
             Least trust that any label gets, in `[0, 1]`. Losses that weight labels by their probability never learn
-            what the model finds impossible; a small floor mends that.
+            labels that the model finds impossible; with a small floor they do.
         trust_token_ids (`list[str]`, *optional*):
             Labels that are trusted fully: token ids, tokens, or `"special"` for the end-of-sequence and other special
-            tokens. Without it a base model may never learn to stop under such losses.
+            tokens. Without this option a base model may never learn to stop under such losses.
 
         > Parameters that control the teacher
 
         teacher_model_name_or_path (`str`, *optional*):
-            Hub id or folder of the teacher. It must share the student's tokenizer. For losses that need a reference
-            it replaces the initial model. An adapter over the base that a PEFT student has needs no second copy of it.
+            Hub id or folder of the teacher, which must share the student's tokenizer. For losses that need a reference
+            the teacher replaces the initial model. If student and teacher are adapters of one base model, that model
+            is loaded once.
         teacher_model_revision (`str`, *optional*):
             Branch, tag or commit of the teacher.
         teacher_model_init_kwargs (`dict[str, Any]` or `str`, *optional*):
             Keyword arguments for the teacher's `from_pretrained`, for example `{"dtype": "bfloat16"}`.
         teacher_cache (`str`, *optional*):
-            Folder or Hub dataset that `trl-qtarget cache` made of these rows. It stands for the teacher, which is then
+            Folder or Hub dataset that `trl-qtarget cache` made from these rows. It replaces the teacher, which is then
             not loaded.
         teacher_ema_decay (`float`, *optional*):
-            Instead of another model, the teacher is the exponential moving average of the student over its updates,
-            with this decay, for example `0.999`.
+            Decay of an exponential moving average of the student over its updates, for example `0.999`. The average is
+            then the teacher.
         teacher_offload (`bool`, *optional*, defaults to `False`):
-            Whether the weights of a teacher of its own are in host memory, and on the device for its forward pass
-            only. Not with FSDP or ZeRO-3, which shard it. No GPU has run it yet.
+            Whether the teacher's weights stay in host memory and are on the device for its forward pass only. Not
+            for a teacher that shares the student's weights, nor with FSDP or ZeRO-3, which shard the teacher.
         teacher_batch_size (`int`, *optional*):
-            Rows of a micro-batch that the teacher reads at once; if `None`, all. Results do not depend on it. Neither
-            with packing or padding-free batches, whose rows are joined into one, nor with images.
+            Rows of a micro-batch that the teacher reads at once; if `None`, all. Results do not depend on it. Not with
+            packing or padding-free batches, whose rows are joined into one, nor with images.
 
         > Parameters that control the computation
 
@@ -173,7 +174,7 @@ class TargetSFTConfig(SFTConfig):
         return build(self.loss, **kwargs)
 
     def _check_what_would_be_ignored(self) -> None:
-        """SFTTrainer honours these for its own losses only: with ours they would be dropped in silence."""
+        """Refuse options that SFTTrainer honours for its own losses only: here they would be dropped in silence."""
         if self.loss_type != "nll":
             raise ValueError(
                 f"loss_type={self.loss_type!r} is TRL's own option and is not read here: pass --loss {self.loss_type}."
@@ -191,23 +192,29 @@ class TargetSFTConfig(SFTConfig):
 
 
 def as_target_config(args: Any, model: Any, teacher: Any) -> TargetSFTConfig:
-    """The configuration that `args` amounts to: ours as it is, nothing, or a plain one with its own `loss_type`."""
+    """A `TargetSFTConfig` from the trainer's `args`: the same one, the default for None, or one with TRL's settings.
+
+    A plain `SFTConfig` keeps its `loss_type` as the loss, or gets "target_sft" if a teacher is given.
+    """
     if isinstance(args, TargetSFTConfig):
         other = teacher or args.teacher_model_name_or_path or args.teacher_cache
         if args.teacher_ema_decay is not None and other is not None:
-            raise ValueError("teacher_ema_decay makes the student its own teacher, and another is given: drop one.")
+            raise ValueError(
+                "teacher_ema_decay makes the student its own teacher, and another teacher is given: leave one of them "
+                "out."
+            )
         return args
     if args is None:
         name = model if isinstance(model, str) else model.config._name_or_path
         return TargetSFTConfig(f"{name.rstrip('/').split('/')[-1]}-TargetSFT")
     given = args.to_dict()
-    given |= {name: getattr(args, name) for name in given if name.endswith("_token")}  # which to_dict masks
+    given |= {name: getattr(args, name) for name in given if name.endswith("_token")}  # to_dict masks tokens
     published = given.pop("loss_type", "nll")
     return TargetSFTConfig(**given, loss=published if teacher is None else "target_sft")
 
 
 def as_mapping(name: str, value: Any) -> dict[str, Any] | None:
-    """A dict option as YAML, JSON on the command line, or Python gave it."""
+    """An option that holds a mapping, given as a dict, or as JSON text on the command line."""
     if isinstance(value, str):
         try:
             value = json.loads(value)

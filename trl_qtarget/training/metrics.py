@@ -1,4 +1,4 @@
-"""From what each batch says to what a run logs: sums over ranks, then means where `SFTTrainer.log` looks for them."""
+"""Metrics of a run: sums over the tokens of all batches and ranks, and their means as `SFTTrainer.log` reads them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class TokenSums:
         self.sums: dict[str, list[Tensor]] = {"train": [], "eval": []}
 
     def add(self, out: ScoredOutput, inputs: dict[str, Any], mode: str) -> None:
-        """Add up over ranks what this batch says; nothing waits for the device before it is logged."""
+        """Add the sums of one batch, reduced over ranks; the host does not wait for the device before `flush`."""
         seen = inputs["attention_mask"].sum() if "attention_mask" in inputs else inputs["input_ids"].numel()
         aux = out.aux_loss.detach() if self.trainer.aux_loss_enabled else 0.0
         extra = torch.stack([torch.as_tensor(x, dtype=torch.float32, device=out.sums.device) for x in (seen, aux)])
@@ -31,7 +31,7 @@ class TokenSums:
         self.sums[mode].append(reduced)
 
     def flush(self, mode: str) -> None:
-        """Turn them into the trainer's metrics."""
+        """Write the means since the last log into the trainer's metrics, and start again from zero."""
         trainer = self.trainer
         if not self.sums[mode]:
             return
@@ -41,7 +41,7 @@ class TokenSums:
         metrics, tokens = trainer._metrics[mode], columns["tokens"]
         for name, column in METRICS.items():
             metrics[name] = [(columns[column].sum() / tokens.sum().clamp(min=1)).item()]
-        for name, column in TRL_METRICS.items():  # as TRL has them: the mean over batches of their means
+        for name, column in TRL_METRICS.items():  # TRL's definition: the mean over batches of each batch's mean
             metrics[name] = [(columns[column] / tokens.clamp(min=1)).mean().item()]
         if mode == "train":
             trainer._total_train_tokens += int(columns["seen"].sum()) // compat.tensor_parallel_size(trainer)
