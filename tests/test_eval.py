@@ -302,8 +302,8 @@ def test_verifier_of_the_users(verifier_file, source):
         ("exat", "Unknown verifier 'exat': give exact, math, or a function"),
         ("my_verifiers:stars", "my_verifiers has no function 'stars'"),
         ("my_verifiers:two", "Verifier my_verifiers:two must take \\(completion, answer, row\\)"),
-        ("no_such_module:f", "There is no module 'no_such_module'"),
-        ("nowhere.py:f", "There is no file nowhere.py"),
+        ("no_such_module:f", "Unknown verifier 'no_such_module:f': there is no module 'no_such_module'"),
+        ("nowhere.py:f", "there is no file nowhere.py"),
     ],
 )
 def test_verifier_that_cannot_be(verifier_file, name, sentence):

@@ -11,9 +11,9 @@ import pytest
 import yaml
 
 import trl_qtarget
+from trl_qtarget import user_code
 from trl_qtarget.chain.execute import history
 from trl_qtarget.cli.main import main
-from trl_qtarget.evaluation.verifiers import load_file
 
 
 ROOT = Path(trl_qtarget.__file__).parents[1]
@@ -24,7 +24,7 @@ QUESTION = [{"role": "user", "content": "How many?"}]
 
 @pytest.fixture
 def prepare():
-    return load_file(str(FOLDER / "prepare.py"))
+    return user_code.load(str(FOLDER / "prepare.py"))
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all, so that an interrupted run never leaves half of one."""
+"""Files and folders that appear complete or not at all, so that an interrupted run never leaves a partial one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 
-TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}\.tmp")  # what `replacing` and `whole_folder` write before they rename it
+TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}\.tmp")  # names of unfinished files and folders, which a killed run leaves
 
 
 @contextlib.contextmanager
@@ -41,7 +41,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` to `path` in UTF-8, and make the folder it lies in; an interrupted call leaves the old file."""
+    """Write `text` to `path` in UTF-8 and create the folder around it; an interrupted call leaves the old file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as file:
         file.write(text.encode())
@@ -52,7 +52,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
     """Yield an empty folder to fill; it becomes `path` when the block ends without an error, else it is deleted.
 
     Raises:
-        OSError: `path` is a folder with files in it.
+        OSError: `path` exists and is not an empty folder.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = _beside(path)
@@ -67,6 +67,11 @@ def whole_folder(path: Path) -> Iterator[Path]:
         raise
 
 
+def is_path(name: str) -> bool:
+    """Whether the name of a model or data set can only be a path: a name on the Hub is `name` or `owner/name`."""
+    return name.startswith((".", "/", "~")) or name.endswith("/") or name.count("/") > 1 or "\\" in name
+
+
 def _beside(path: Path) -> Path:
-    """A name in the same folder, and so on the same file system, that no other process takes."""
+    """Return a temporary name in the same folder, and so on the same file system, that no other process uses."""
     return path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")

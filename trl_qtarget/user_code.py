@@ -1,7 +1,7 @@
-"""Functions of the user's own (losses, verifiers, rewards): how a name in a recipe leads to one.
+"""Load functions that users write themselves: losses, verifiers, rewards.
 
-A name is `my_module:function` or `path/to/file.py:function`. Modules are looked for in the working directory and on
-the Python path; `~` in a path is the home directory.
+A function is named `my_module:function` or `path/to/file.py:function`. Modules are looked up in the working directory
+and on the Python path; `~` at the start of a path is the home directory.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class NotFound(ValueError):
 
 
 def split(name: str) -> tuple[str, str]:
-    """`my_module:function` or `file.py:function` as (source, function); of a file alone the function is ""."""
+    """Split `my_module:function` or `file.py:function` into source and function, which is "" for a file alone."""
     if name.endswith(".py"):
         return name, ""
     source, _, function = name.rpartition(":")
@@ -29,16 +29,16 @@ def split(name: str) -> tuple[str, str]:
 
 
 def load(source: str) -> ModuleType:
-    """The module that a dotted name or a path ending in `.py` names; a file is executed once per process.
+    """Import the module that a dotted name or a path ending in `.py` names; a file is executed once per process.
 
     Raises:
-        NotFound: there is no such module or file. Errors of the user's own code are raised as they are.
+        NotFound: no module or file has that name. Errors of the user's own code are raised unchanged.
     """
     return _load_file(source) if source.endswith(".py") else _import(source)
 
 
 def _load_file(source: str) -> ModuleType:
-    path = Path(source).expanduser().resolve()
+    path = _path(source).resolve()
     name = f"trl_qtarget_user_{path.stem}_{zlib.crc32(str(path).encode()):08x}"
     if name in sys.modules:
         return sys.modules[name]
@@ -54,40 +54,45 @@ def _load_file(source: str) -> ModuleType:
     return module
 
 
+def _path(source: str) -> Path:
+    return Path(os.path.expanduser(source))  # Path.expanduser raises for a user without a home
+
+
 def _import(source: str) -> ModuleType:
-    if not all(part.isidentifier() for part in source.split(".")):
-        raise NotFound(f"{source!r} is no name of a module; a file is named by its path, ending in .py")
+    if not source or source.startswith(".") or {"/", "\\"} & {*source}:
+        raise NotFound(f"{source!r} is not the name of a module; a file is named by its path, ending in .py")
     search_here()
     try:
         return importlib.import_module(source)
     except ModuleNotFoundError as error:
         if error.name and not f"{source}.".startswith(f"{error.name}."):
-            raise  # the user's module exists, and something that it imports does not
+            raise  # the user's module exists, but a module that it imports does not
         raise NotFound(f"there is no module {source!r} here or on the Python path") from None
 
 
 def search_here() -> None:
-    """Let imports find modules of the working directory, as they do under `python -m` but not in a console script."""
+    """Let imports find modules of the working directory, as under `python -m` but not in a console script."""
     if not {"", os.getcwd()} & {*sys.path}:
         sys.path.insert(0, os.getcwd())
 
 
 def file_of(source: str) -> Path | None:
-    """The file that a dotted name or a path names, for a fingerprint of its contents; nothing is imported.
+    """Find the file that `load(source)` would execute, without importing anything, to fingerprint its contents.
 
-    None for what does not exist, and for installed packages: their versions are recorded elsewhere.
+    Returns None for a source that does not exist, and for an installed package, whose version is recorded elsewhere.
     """
     if source.endswith(".py"):
-        path = Path(source).expanduser()
+        path = _path(source)
         return path if path.is_file() else None
-    found, folders, parts = None, [os.getcwd(), *sys.path], source.split(".")
+    found, folders = None, [os.getcwd(), *sys.path]
     try:
-        for depth in range(1, len(parts) + 1):
-            found = PathFinder.find_spec(".".join(parts[:depth]), folders)
-            if found is None and depth == 1:
-                found = importlib.util.find_spec(parts[0])
+        for depth, part in enumerate(source.split(".")):
+            # the last part alone: with the whole name, a namespace package would look its parent up in sys.modules
+            found = PathFinder.find_spec(part, folders)
+            if found is None and depth == 0:
+                found = importlib.util.find_spec(part)  # also asks the import hooks of editable installs
             folders = list(found.submodule_search_locations or []) if found else []
-    except (ImportError, AttributeError, ValueError):  # the name cannot be one of a module
+    except (ImportError, AttributeError, ValueError):  # the name cannot be a module's
         return None
     path = Path(found.origin) if found and found.has_location and found.origin else None
     if path is None or not path.is_file() or {"site-packages", "dist-packages"} & {*path.parts}:

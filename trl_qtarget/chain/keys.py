@@ -19,7 +19,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ..evaluation.report import write
+from ..files import write_text as write
 from .plan import Stage, plain
 
 

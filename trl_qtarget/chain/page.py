@@ -6,7 +6,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from ..evaluation.report import with_error, write
+from ..evaluation.report import with_error
+from ..files import write_text as write
 from .execute import history
 from .keys import Record
 from .plan import Stage

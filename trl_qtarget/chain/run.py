@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from .. import __version__
-from ..evaluation.report import write
+from ..files import write_text as write
 from . import execute, page
 from .keys import Record, is_done, keys, move_aside, newest_checkpoint, record
 from .plan import Chain, Mistakes, Stage, read, resolve

@@ -1,48 +1,55 @@
-"""Is a completion right? `exact`, `math`, or a function of the user's: `module:function`, `path/to/file.py:function`.
+"""Verifiers decide whether a completion is right: `exact`, `math`, or a function that the user names.
 
-A user's function is called as `verify(completion, answer, row)` and returns a bool or a number from 0 to 1. `row` is
-the dataset's row, with `row["_ended"]`: whether the model ended the completion itself. A function with a parameter
-named `ended` gets it there too.
+A function is named `module:function` or `path/to/file.py:function`. It is called as `verify(completion, answer, row)`
+and returns a bool or a number from 0 to 1. `row` is the row of the dataset; `row["_ended"]` says whether the model
+ended the completion itself, and a parameter named `ended` receives the same value.
 """
 
-import importlib
-import importlib.util
 import inspect
-import os
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
+
+from .. import user_code
 
 
 Verifier = Callable[[str, str, dict], float]  # completion, answer, row with "_ended" -> 0 to 1
 
 
 def find_verifier(name: str) -> Verifier:
-    """The verifier of that name.
+    """Return the verifier that `--verifier` names.
 
     Raises:
-        ValueError: no such verifier, a package it needs is not installed, or a function that cannot be called so.
+        ValueError: no such verifier, a package that it needs is not installed, or its parameters are wrong.
     """
     if name == "exact":
         return exact
     if name == "math":
         return MathVerifier()
-    if ":" not in name:
+    source, function = user_code.split(name)
+    if not (source and function):
         raise ValueError(
             f"Unknown verifier {name!r}: give exact, math, or a function of yours as module:function or "
             "path/to/file.py:function."
         )
-    return checked(name, load_function(name))
+    try:
+        module = user_code.load(source)
+    except user_code.NotFound as reason:
+        raise ValueError(
+            f"Unknown verifier {name!r}: {reason}. Give my_module:function, or path/to/file.py:function for a file."
+        ) from None
+    made = getattr(module, function, None)
+    if not callable(made):
+        raise ValueError(f"{source} has no function {function!r}.")
+    return checked(name, made)
 
 
 def exact(completion: str, answer: str, row: dict) -> float:
-    """1 if completion and answer are the same text, white space around them aside."""
+    """Return 1 if completion and answer are the same text up to white space around them, else 0."""
     return float(completion.strip() == answer.strip())
 
 
 class MathVerifier:
-    """math-verify's judgement of the expression a completion arrives at and the answer, as mathematics."""
+    """The judgement of math-verify: completion and answer are compared as mathematical expressions."""
 
     def __init__(self):
         try:
@@ -56,11 +63,15 @@ class MathVerifier:
         self.parsed: dict[str, list] = {}
 
     def gold(self, answer: str) -> list:
-        """The answer's expressions; called beforehand, it finds bad answers before a model is loaded."""
+        """Parse a right answer into expressions; called before a model is loaded, it finds bad answers early.
+
+        Raises:
+            ValueError: math-verify finds no expression in the answer.
+        """
         if answer not in self.parsed:
-            # a formula without dollars around it is read as the formula it is
+            # in some formulas math-verify finds nothing unless there are dollars around them
             self.parsed[answer] = self.parse(answer) or self.parse(f"${answer}$")
-        if all(isinstance(part, str) for part in self.parsed[answer]):  # text that stands for nothing it understood
+        if all(isinstance(part, str) for part in self.parsed[answer]):  # text that math-verify could not read
             raise ValueError(f"math-verify finds no expression in the answer {answer!r}: give another --verifier.")
         return self.parsed[answer]
 
@@ -69,7 +80,11 @@ class MathVerifier:
 
 
 def checked(name: str, function: Callable[..., Any]) -> Verifier:
-    """A user's function, called as it can be called, its result checked."""
+    """Wrap a user's function: pass `ended` if it has that parameter, and refuse results that are no score.
+
+    Raises:
+        ValueError: the function does not take (completion, answer, row).
+    """
     parameters = inspect.signature(function).parameters.values()
     takes_ended = any(p.name == "ended" and p.kind is not p.POSITIONAL_ONLY for p in parameters)
     try:
@@ -88,36 +103,3 @@ def checked(name: str, function: Callable[..., Any]) -> Verifier:
         return score
 
     return verifier
-
-
-def load_function(name: str) -> Callable[..., Any]:
-    source, _, attribute = name.rpartition(":")
-    module = load_file(source) if source.endswith(".py") else load_module(source)
-    function = getattr(module, attribute, None)
-    if not callable(function):
-        raise ValueError(f"{source} has no function {attribute!r}.")
-    return function
-
-
-def load_file(source: str):
-    path = Path(source).resolve()
-    if not path.is_file():
-        raise ValueError(f"There is no file {source}.")
-    spec = importlib.util.spec_from_file_location(f"verifier_{path.stem}", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def load_module(source: str):
-    # a console script, unlike `python -m`, does not look into the folder it is started in
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        return importlib.import_module(source)
-    except ModuleNotFoundError as error:
-        if not source.startswith(str(error.name)):
-            raise  # the module is there, something it imports is not
-        raise ValueError(f"There is no module {source!r} here or on the Python path.") from None
