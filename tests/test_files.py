@@ -28,9 +28,8 @@ def test_text_replaces_the_old_version_and_makes_its_folder(tmp_path):
 
 def test_an_error_keeps_the_old_file_and_leaves_nothing_else(tmp_path):
     write_text(tmp_path / "results.json", "old")
-    with pytest.raises(KeyboardInterrupt), replacing(tmp_path / "results.json") as file:
-        file.write(b"half of the n")
-        raise KeyboardInterrupt
+    with pytest.raises(TypeError), replacing(tmp_path / "results.json") as file:
+        file.writelines([b"half of the n", None])
     assert (tmp_path / "results.json").read_text() == "old"
     assert names(tmp_path) == ["results.json"]
 
@@ -48,9 +47,12 @@ def test_a_folder_takes_its_name_when_it_is_filled(tmp_path, exists):
 
 
 def test_an_error_leaves_no_folder(tmp_path):
-    with pytest.raises(IndexError), whole_folder(tmp_path / "merged") as unfinished:
-        (unfinished / "config.json").write_text("{}")
-        raise IndexError
+    def interrupted(folder):
+        (folder / "config.json").write_text("{}")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), whole_folder(tmp_path / "merged") as unfinished:
+        interrupted(unfinished)
     assert names(tmp_path) == []
 
 

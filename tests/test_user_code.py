@@ -71,7 +71,7 @@ def test_losses_and_verifiers_are_found_by_the_same_spellings(find, source, acce
     if accepted:
         assert find(name) is not None
         return
-    with pytest.raises(ValueError, match="^Unknown (loss|verifier) "):
+    with pytest.raises(ValueError, match=r"^Unknown (loss|verifier) "):
         find(name)
 
 
@@ -80,7 +80,7 @@ def test_the_same_reason_is_given(find):
     for source in ("no_module", "no_file.py", "~/file"):
         with pytest.raises(user_code.NotFound) as reason:
             user_code.load(source)
-        with pytest.raises(ValueError, match="^Unknown ") as refused:
+        with pytest.raises(ValueError, match=r"^Unknown ") as refused:
             find(f"{source}:both")
         assert f"{source}:both': {reason.value}. Give " in str(refused.value)
 

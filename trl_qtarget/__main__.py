@@ -1,4 +1,4 @@
-"""`python -m trl_qtarget` is `trl-qtarget`."""
+"""Run the `trl-qtarget` command as `python -m trl_qtarget`."""
 
 from .cli.main import main
 

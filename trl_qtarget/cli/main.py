@@ -166,7 +166,7 @@ def _understood(script: Any, prog: str, argv: list[str]) -> Any:
         warnings.simplefilter("ignore")  # the script itself will say them
         parsed = script.make_parser(prog=prog).parse(argv)
     if parsed.options.print_config:
-        settings.show(parsed, settings.of_loss(parsed))
+        settings.print_settings(parsed, settings.loss_settings(parsed))
         return None
     found = script.mistakes(*parsed.values)
     if found:

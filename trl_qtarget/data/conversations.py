@@ -1,10 +1,11 @@
-"""`dataset_conversation`: what is asked and what is answered, written from the columns of any dataset.
+"""`dataset_conversation`: write prompts and completions from the columns of any dataset.
 
     dataset_conversation:
       user: "{problem}\nPut your final answer within \\boxed{{}}."
       assistant: "{solution}"
 
-Fields are those of `str.format`: a column, or a part of one as in `{messages[1][content]}`; write other braces twice.
+The texts are templates of `str.format`. A field is a column, or a part of a column as in `{messages[1][content]}`;
+braces that are no fields are written twice.
 """
 
 from collections.abc import Mapping
@@ -19,7 +20,7 @@ NAME = "dataset_conversation"
 
 
 class _Filler(Formatter):
-    """`str.format`, where a value that a row does not have is a mistake and not the word None."""
+    """`str.format` that refuses None, which a row has for a missing value; str.format would write the word None."""
 
     def format_field(self, value: Any, format_spec: str) -> str:
         if value is None:
@@ -28,10 +29,10 @@ class _Filler(Formatter):
 
 
 def check(conversation: Any) -> None:
-    """Refuse what could be no conversation whatever the data are.
+    """Check the templates before any data is loaded.
 
     Raises:
-        ValueError: a role that is unknown or missing, or a text that is no template.
+        ValueError: a role is unknown or missing, or a text is no template.
     """
     if not isinstance(conversation, Mapping) or not {"user", "assistant"} <= conversation.keys() <= set(ROLES):
         raise ValueError(f"{NAME} must have a text for user, assistant and, if wanted, system; got {conversation!r}.")
@@ -47,26 +48,34 @@ def check(conversation: Any) -> None:
 
 
 def converse(dataset: Any, conversation: Mapping[str, str]) -> Any:
-    """`dataset` as conversations in prompt and completion; besides those only columns of numbers for tokens are left.
+    """Write each row as a conversation in the columns prompt and completion.
+
+    Token columns stay. All other columns are removed, so that the trainer reads none of them, such as `messages`.
 
     Raises:
-        ValueError: a column that the data do not have, or a row without a value.
+        ValueError: a template names a column that the data does not have, or a row has no value in it.
     """
     first = next(iter(dataset), None)
     if first is None:
         return dataset
-    _written(first, conversation)  # before anything is written for all rows
+    _written(first, conversation)  # reports a mistake before all rows are processed
     unread = [column for column in first if column not in TOKEN_COLUMNS]
     return dataset.map(_written, fn_kwargs={"conversation": conversation}, remove_columns=unread)
 
 
 def _written(row: Mapping[str, Any], conversation: Mapping[str, str]) -> dict[str, list[dict[str, str]]]:
+    """Return the columns prompt and completion of one row; the assistant's turn is the completion."""
     said = {role: _fill(role, conversation[role], row) for role in ROLES if role in conversation}
     turns = [{"role": role, "content": content} for role, content in said.items()]
     return {"prompt": turns[:-1], "completion": turns[-1:]}
 
 
 def _fill(role: str, text: str, row: Mapping[str, Any]) -> str:
+    """Fill the template of a role from a row.
+
+    Raises:
+        ValueError: the row has no such column or no value in it.
+    """
     try:
         return _Filler().vformat(text, (), row)
     except (LookupError, AttributeError, TypeError, ValueError) as mistake:

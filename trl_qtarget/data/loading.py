@@ -1,4 +1,4 @@
-"""From the arguments of a recipe to its splits."""
+"""Load the splits that the arguments of a recipe name."""
 
 from __future__ import annotations
 
@@ -9,7 +9,11 @@ from .conversations import converse
 
 
 def load_splits(script_args, training_args, dataset_args) -> tuple[Any, Any]:
-    """The training data, and what it is evaluated on if it is."""
+    """Load the training split, and the test split if the run evaluates, else None.
+
+    Raises:
+        ValueError: the data has no split of that name, or its rows cannot be written as conversations.
+    """
     data = _load_data(script_args, dataset_args)
     evaluates = training_args.eval_strategy != "no"
     return (
@@ -19,6 +23,7 @@ def load_splits(script_args, training_args, dataset_args) -> tuple[Any, Any]:
 
 
 def _load_data(script_args, dataset_args) -> Any:
+    """Load all splits of `dataset_name`, or of the mixture in `datasets`."""
     from datasets import load_dataset
     from trl import get_dataset
 
@@ -31,6 +36,7 @@ def _load_data(script_args, dataset_args) -> Any:
 
 
 def _split(data: Any, option: str, script_args) -> Any:
+    """Take the split that `option` names, and write its rows as conversations if the recipe says how."""
     name = getattr(script_args, option)
     if name not in data:
         raise ValueError(
@@ -39,5 +45,4 @@ def _split(data: Any, option: str, script_args) -> Any:
         )
     if script_args.dataset_conversation is None:
         return data[name]
-
     return converse(data[name], script_args.dataset_conversation)

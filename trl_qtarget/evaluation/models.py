@@ -1,15 +1,19 @@
-"""Models as they are evaluated: what can be checked of them first, and then their weights."""
+"""Models under evaluation: everything that can be checked before the weights are read, and then the weights."""
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..files import is_path
 from .problems import Problem
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A model before its weights are read: `label` is its short name, `prompts` are the problems in its tokens."""
+    """A model under evaluation whose weights are not read yet.
+
+    `label` is a short name that is fit for a file's name; `prompts` are the problems as token ids of its tokenizer.
+    """
 
     name: str
     label: str
@@ -18,24 +22,24 @@ class Subject:
 
 
 def labels(names: list[str]) -> list[str]:
-    """Each model's last path component, or more of the path where two are called the same; fit for a file's name."""
+    """Return a distinct short name for each model: the fewest last components of its path, fit for a file's name."""
     parts = [[p for p in Path(name).parts if p not in ("/", ".", "..")] or [name] for name in names]
     for length in range(1, max(map(len, parts)) + 1):
         short = ["-".join(p[-length:]) for p in parts]
         if len(set(short)) == len(names):
             return short
-    return [f"model-{i}" for i in range(len(names))]  # as with a/b and a-b
+    return [f"model-{i}" for i in range(len(names))]  # for example a/b and a-b
 
 
 def check_folder(name: str) -> None:
-    """Refuse a folder that holds no model. Other names are the Hub's.
+    """Refuse a folder that does not exist or holds no model; names that can be on the Hub are not checked.
 
     Raises:
-        ValueError: what is missing, and where it may be.
+        ValueError: the folder or a file in it is missing; the message names a folder below it that holds a model.
     """
     folder = Path(name)
     if not folder.is_dir():
-        if folder.is_absolute() or name.startswith(".") or name.count("/") > 1:
+        if is_path(name):
             raise ValueError(f"The model folder {name} does not exist.")
         return
     if not any((folder / file).is_file() for file in ("config.json", "adapter_config.json")):
@@ -43,21 +47,21 @@ def check_folder(name: str) -> None:
         hint = f" {folder / inside[-1]} does." if inside else ""
         raise ValueError(f"The folder {name} holds no model (no config.json).{hint}")
     if not any(folder.glob("*.safetensors")):
-        raise ValueError(f"The folder {name} holds no weights as safetensors, the only kind that is read.")
+        raise ValueError(f"The folder {name} holds no *.safetensors, and no other format of weights is read.")
 
 
 def examine(
     name: str, label: str, problems: list[Problem], max_new_tokens: int, trust_remote_code: bool = False
 ) -> Subject:
-    """The model's tokenizer and the problems in its tokens.
+    """Load the model's tokenizer and tokenize the problems.
 
     Raises:
-        ValueError: it has no tokenizer or chat template, or too few positions.
+        ValueError: the model has no tokenizer, no chat template, or too few positions for a prompt and its completion.
     """
     from transformers import AutoTokenizer
 
     if Path(name).is_dir() and not any(Path(name).glob("*token*")):
-        raise ValueError(f"The model {name} has no tokenizer: save it into the same folder.")
+        raise ValueError(f"The model {name} has no tokenizer: save the tokenizer into the same folder.")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
         positions = context_length(name, trust_remote_code)
@@ -69,12 +73,13 @@ def examine(
     if positions is not None and longest + max_new_tokens > positions:
         raise ValueError(
             f"The model {name} has {positions} positions, too few for a prompt of {longest} tokens and "
-            f"--max_new_tokens {max_new_tokens}: lower it."
+            f"--max_new_tokens {max_new_tokens}: lower --max_new_tokens."
         )
     return Subject(name, label, tokenizer, prompts)
 
 
 def context_length(name: str, trust_remote_code: bool) -> int | None:
+    """Return the number of positions of a model, or of the base model of an adapter; None if its config has none."""
     from transformers import AutoConfig
 
     if Path(name, "adapter_config.json").is_file() and not Path(name, "config.json").is_file():
@@ -86,7 +91,11 @@ def context_length(name: str, trust_remote_code: bool) -> int | None:
 
 
 def tokenize(tokenizer, name: str, i: int, prompt: str | list[dict]) -> list[int]:
-    """A prompt as the trainer would tokenise it: a text as it is, messages with the template's generation prompt."""
+    """Tokenize a prompt as the trainer does: a text unchanged, messages with the template's generation prompt.
+
+    Raises:
+        ValueError: the prompt is empty, or consists of messages and the tokenizer has no chat template.
+    """
     if isinstance(prompt, str):
         ids = tokenizer(prompt)["input_ids"]
     elif tokenizer.chat_template is None:
@@ -99,7 +108,7 @@ def tokenize(tokenizer, name: str, i: int, prompt: str | list[dict]) -> list[int
 
 
 def load(subject: Subject, dtype: str = "auto", trust_remote_code: bool = False):
-    """The model on the accelerator, if there is one, ready to generate."""
+    """Load the model for generation, on the accelerator if the machine has one."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -111,7 +120,7 @@ def load(subject: Subject, dtype: str = "auto", trust_remote_code: bool = False)
 
 
 def eos_ids(model, tokenizer) -> list[int]:
-    """The tokens that end a completion: the tokenizer's, and those of the model's generation settings."""
+    """Return the ids that end a completion: the tokenizer's, and those in the model's generation settings."""
     ids = model.generation_config.eos_token_id
     listed = ids if isinstance(ids, list) else [ids]
     return sorted({i for i in [*listed, tokenizer.eos_token_id] if i is not None})

@@ -1,4 +1,4 @@
-"""Preferences from a model's own samples: a right one over a wrong one of the same prompt, as DPO reads them."""
+"""Preference pairs for DPO from a model's own samples: a right sample over a wrong sample of the same prompt."""
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -13,12 +13,14 @@ COLUMNS = ("prompt", "chosen", "rejected")
 
 
 def pairs(problems: Sequence[Problem], samples: Sequence[Sample], most: int) -> list[dict[str, Any]]:
-    """Up to `most` pairs a row, in the rows' order: its i-th right text over its i-th wrong one, each text once.
+    """Return up to `most` pairs per row, in the order of the rows.
 
-    Right is a score of 1, wrong any lower one. Greedy completions and samples that were cut are left out: a trainer
-    ends every completion, so a cut one would become a text that the model never wrote. Messages stay messages.
+    The i-th pair of a row is the i-th right text over the i-th wrong text, where each text counts once. A score of 1
+    is right, any lower score wrong. Greedy completions are left out, and so are samples that were cut: a trainer adds
+    an end-of-sequence token to every completion, and the model never ended the cut ones. The completions of a row
+    whose prompt is a list of messages are messages too.
     """
-    right, wrong = defaultdict(dict), defaultdict(dict)  # row -> texts, in the order of the samples
+    right, wrong = defaultdict(dict), defaultdict(dict)  # row -> texts, as dicts that keep the order of the samples
     for sample in sorted(_usable(samples), key=lambda s: (s.row, s.sample)):
         (right if sample.correct else wrong)[sample.row][sample.completion] = None
     return [
@@ -29,7 +31,7 @@ def pairs(problems: Sequence[Problem], samples: Sequence[Sample], most: int) -> 
 
 
 def why_none(samples: Sequence[Sample]) -> str:
-    """Why there is not one pair, and what may help."""
+    """Explain why the samples make no pair at all, and which options may help."""
     usable = list(_usable(samples))
     if not usable:
         return "no sample ended by itself, and only those make pairs: raise --max_new_tokens"
@@ -41,8 +43,10 @@ def why_none(samples: Sequence[Sample]) -> str:
 
 
 def _usable(samples: Sequence[Sample]) -> Iterator[Sample]:
+    """Leave out greedy completions and samples that were cut."""
     return (s for s in samples if s.sample is not None and s.ended)
 
 
 def _answer(problem: Problem, text: str) -> str | list[dict]:
+    """Write the text in the form of the prompt, which is a text or a list of messages."""
     return text if isinstance(problem.prompt, str) else [{"role": "assistant", "content": text}]

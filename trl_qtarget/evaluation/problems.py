@@ -1,4 +1,4 @@
-"""Problems with answers that can be checked, from a file, a folder or the Hub."""
+"""Read problems with checkable answers from a file, a folder or the Hub."""
 
 import csv
 import difflib
@@ -11,7 +11,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Problem:
-    """A prompt as it stands (a text or messages), the right answer as text, and the whole row for the verifier."""
+    """One problem: the prompt (a text or messages), the right answer as text, and the whole row for the verifier."""
 
     prompt: str | list[dict]
     answer: str
@@ -26,10 +26,10 @@ def read_problems(
     answer_column: str = "answer",
     max_rows: int | None = None,
 ) -> list[Problem]:
-    """The first `max_rows` rows as problems.
+    """Read the first `max_rows` rows, or all rows, as problems.
 
     Raises:
-        ValueError: no such data set, split or column, or a row without a prompt or an answer.
+        ValueError: the data set, split or column does not exist, or a row has no prompt or no answer.
     """
     path = Path(dataset)
     if path.suffix in READERS:
@@ -37,7 +37,8 @@ def read_problems(
             raise ValueError(f"The dataset file {dataset} does not exist.")
         if split is not None or config is not None:
             raise ValueError(
-                f"A file has no splits or configurations: drop --dataset_split, or do not name {dataset}."
+                f"The dataset {dataset} is a file without splits and configurations: leave out --dataset_split and "
+                "--dataset_config."
             )
         rows = read_file(path)
     else:
@@ -49,9 +50,14 @@ def read_problems(
 
 
 def read_file(path: Path) -> list[dict]:
+    """Read the rows of a file whose suffix is one of `READERS`.
+
+    Raises:
+        ValueError: the file cannot be read, or holds something else than rows.
+    """
     try:
         rows = READERS[path.suffix](path)
-    except (ValueError, OSError) as error:  # JSON's, UTF-8's and Arrow's own errors are ValueErrors
+    except (ValueError, OSError) as error:  # the errors of JSON, UTF-8 and Arrow are ValueErrors
         raise ValueError(f"The dataset file {path} cannot be read: {error}") from None
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise ValueError(f"The dataset file {path} must hold a list of rows, each with its columns by name.")
@@ -64,7 +70,7 @@ def read_json(path: Path) -> Any:
     except json.JSONDecodeError as error:
         if "Extra data" not in str(error):
             raise
-        return read_jsonl(path)  # one row a line, which is what datasets writes to a .json file
+        return read_jsonl(path)  # one row per line: what `Dataset.to_json` writes
 
 
 def read_jsonl(path: Path) -> Any:
@@ -73,7 +79,7 @@ def read_jsonl(path: Path) -> Any:
 
 
 def read_csv(path: Path) -> Any:
-    with path.open(encoding="utf-8", newline="") as file:  # every value stays a text: 007 is not 7
+    with path.open(encoding="utf-8", newline="") as file:  # every value stays text, so that 007 is not 7
         return list(csv.DictReader(file))
 
 
@@ -87,13 +93,17 @@ READERS = {".json": read_json, ".jsonl": read_jsonl, ".csv": read_csv, ".parquet
 
 
 def load_split(dataset: str, config: str | None, split: str | None) -> Any:
-    """One split of what `datasets` makes of a folder or a name of the Hub."""
+    """Load one split of a folder or Hub data set with `datasets`; without a name the only split, or `test`.
+
+    Raises:
+        ValueError: the data set cannot be loaded, or has no such split.
+    """
     import datasets
 
     saved = any(Path(dataset, name).is_file() for name in ("state.json", "dataset_dict.json"))
     try:
         loaded = datasets.load_from_disk(dataset) if saved else datasets.load_dataset(dataset, config)
-    except Exception as error:  # datasets raises a dozen kinds, and each of them means this
+    except Exception as error:  # datasets raises a dozen types of error
         first_line = str(error).strip().partition("\n")[0]
         raise ValueError(f"The dataset {dataset!r} cannot be loaded: {first_line}") from error
     if not isinstance(loaded, dict):
@@ -107,6 +117,11 @@ def load_split(dataset: str, config: str | None, split: str | None) -> Any:
 
 
 def problem(i: int, row: dict, prompt_column: str, answer_column: str) -> Problem:
+    """Check row number `i` and make a problem of it.
+
+    Raises:
+        ValueError: a column is missing, or its value is no prompt or no answer.
+    """
     for option, column in (("prompt_column", prompt_column), ("answer_column", answer_column)):
         if column not in row:
             guess = difflib.get_close_matches(column, row, n=1, cutoff=0.4)

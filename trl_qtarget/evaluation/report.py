@@ -1,17 +1,22 @@
-"""From scored samples to numbers, a table and files."""
+"""Turn scored samples into numbers, a table and files."""
 
 import json
 import math
-import os
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePath
 
+from ..files import write_text
+
 
 @dataclass(frozen=True)
 class Sample:
-    """A completion and its score, 0 to 1; `sample` is None for the greedy one, `tokens` counts the EOS too."""
+    """A completion of a row and its score from 0 to 1.
+
+    `sample` is the number of the sample, or None for the greedy completion. `tokens` includes the end-of-sequence
+    token.
+    """
 
     row: int
     sample: int | None
@@ -27,12 +32,15 @@ class Sample:
 
 @dataclass(frozen=True)
 class Result:
-    """A model's scores, as shares of 1. Length and ended are of the k samples, without the greedy one."""
+    """The scores of one model, as shares of 1.
+
+    `mean_tokens` and `ended` are means over the k samples; the greedy completion is not counted.
+    """
 
     model: str
     average_at_k: float
     average_at_k_se: float | None
-    gain: float | None  # of average_at_k over the first model, which has None; row by row, so its error is smaller
+    gain: float | None  # average_at_k minus that of the first model, row by row; None for the first model
     gain_se: float | None
     greedy: float
     greedy_se: float | None
@@ -50,7 +58,11 @@ class Result:
 def summarize(
     samples: Sequence[Sample], prompts: Sequence[Hashable], baseline: Sequence[Sample] | None = None
 ) -> dict:
-    """The measures of `Result` that come from the samples; `prompts` says which rows ask the same."""
+    """Compute the fields of `Result` that depend on the samples alone.
+
+    prompts: one value per row; rows with equal values count together in the standard errors
+    baseline: the samples of the first model, to which the gain is measured
+    """
     drawn = [s for s in samples if s.sample is not None]
     average = scores_by_row(drawn)
     greedy = scores_by_row(s for s in samples if s.sample is None)
@@ -88,9 +100,9 @@ def scores_by_row(samples: Iterable[Sample], combine: Callable[[list[float]], fl
 
 
 def standard_error(values: Sequence[float], groups: Sequence[Hashable]) -> float | None:
-    """Of the mean, where values of one group may go together; None from a single group.
+    """Return the standard error of the mean of values that are correlated within groups, or None for a single group.
 
-    se^2 = G / (G - 1) * sum_g (sum_{i in g} (x_i - mean))^2 / n^2       which is s^2 / n if every group is one value
+    se^2 = G / (G - 1) * sum_g (sum_{i in g} (x_i - mean))^2 / n^2       equal to s^2 / n if every group is one value
     """
     center = mean(values)
     sums = defaultdict(float)
@@ -102,14 +114,14 @@ def standard_error(values: Sequence[float], groups: Sequence[Hashable]) -> float
 
 
 def table(results: Sequence[Result]):
-    """The results as a rich table, in percent."""
+    """Return the results as a rich table, in percent."""
     from rich.markup import escape
     from rich.table import Table
 
     k = results[0].k
     out = Table(box=None, pad_edge=False)
     out.add_column("model", overflow="fold")
-    # the end of a path tells models apart where it can, and leaves the numbers their room
+    # the last component of a path is enough if it tells the models apart, and leaves room for the numbers
     ends = [PurePath(r.model).name for r in results]
     names = ends if len(set(ends)) == len(ends) else [r.model for r in results]
     gain = ["gain"] if len(results) > 1 else []
@@ -136,7 +148,7 @@ def with_error(share: float | None, error: float | None, sign: str = "") -> str:
 
 
 def notes(results: Sequence[Result]) -> str:
-    """What the numbers do not say by themselves."""
+    """Explain the columns, and warn where the numbers are easily misread."""
     first = results[0]
     lines = ["Percent, +- standard error over prompts. tokens: mean length of a sample; ended: by the model itself."]
     if len(results) > 1:
@@ -156,22 +168,11 @@ def samples_file(folder: str, label: str) -> Path:
 
 
 def write_samples(path: Path, samples: Iterable[Sample]) -> None:
-    """One line a sample, by row; the greedy one comes first and has `"sample": null`."""
+    """Write one line per sample, ordered by row; a row's greedy completion comes first, with `"sample": null`."""
     ordered = sorted(samples, key=lambda s: (s.row, -1 if s.sample is None else s.sample))
     write_rows(path, [asdict(s) | {"correct": s.correct} for s in ordered])
 
 
 def write_rows(path: Path, rows: Iterable[dict]) -> None:
-    """One JSON object a line."""
-    write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-
-
-def write(path: Path, text: str) -> None:
-    """A whole file or none: an interrupted run leaves the old one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        unfinished.write_text(text, encoding="utf-8")
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    """Write one JSON object per line."""
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

@@ -1,4 +1,4 @@
 """YAML files and command lines: strict parsing, checks before anything is loaded, accelerate's launcher.
 
-May import `theory`, `data`, `files` and `compat`.
+May import `theory`, `files` and `compat`.
 """

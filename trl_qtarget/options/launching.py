@@ -1,4 +1,4 @@
-"""Runs one of our scripts through accelerate's launcher, as `trl` does, and says how it ended."""
+"""Run a script of this package under accelerate's launcher, as `trl` does, and return how it ended."""
 
 import argparse
 import importlib.resources as resources
@@ -16,7 +16,7 @@ from .parsing import SCRIPT, fail
 
 
 def make_launcher() -> argparse.ArgumentParser:
-    """The parser of `accelerate launch`, with TRL's `--accelerate_config`."""
+    """Make the parser of `accelerate launch`, and add TRL's `--accelerate_config`."""
     from accelerate.commands.launch import launch_command_parser
 
     parser = launch_command_parser()
@@ -25,12 +25,13 @@ def make_launcher() -> argparse.ArgumentParser:
 
 
 def accelerate_configs() -> list[str]:
-    """The names that `--accelerate_config` takes beside files."""
+    """List the profiles of TRL that `--accelerate_config` takes by name; other values are files."""
     files = [file.name for file in resources.files("trl.accelerate_configs").iterdir()]
     return sorted(name.removesuffix(".yaml") for name in files if name.endswith(".yaml"))
 
 
 def _accelerate_config(name: str) -> str:
+    """Return the path of a profile that is given as a file or by TRL's name for it."""
     if Path(name).is_file():
         return name
     if name in accelerate_configs():
@@ -39,10 +40,10 @@ def _accelerate_config(name: str) -> str:
 
 
 def launched_as(options: list[str]) -> argparse.Namespace:
-    """What `accelerate launch` makes of its options, its configuration file and this machine.
+    """Return the settings that `accelerate launch` derives from its options, its configuration file and the machine.
 
     Raises:
-        ValueError: options that contradict each other.
+        ValueError: two options contradict each other.
     """
     from accelerate.commands import launch as accelerate
 
@@ -52,15 +53,16 @@ def launched_as(options: list[str]) -> argparse.Namespace:
 
 
 def launch(module: str, own: list[str], options: list[str], prog: str) -> int:
-    """Run `module` with the words `own` under `accelerate launch` with `options`.
+    """Run `module` with the words `own` under `accelerate launch` with `options`, and return its exit code.
 
-    Returns its exit code: what it had to say it has said itself, so no traceback of the launcher's is added to it.
+    The module prints its own errors. The launcher's traceback, which would hide them, is not printed.
     """
     from accelerate.commands import launch as accelerate
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    # a module, not a file: scripts/ at the head of sys.path would shadow modules of other packages
+    # by the name of the module: run by its path, the script would put scripts/ first on sys.path, where its files
+    # shadow modules of the same names
     args = make_launcher().parse_args([*options, "--module", module, *own])
     logging.getLogger(accelerate.__name__).addFilter(_is_news)
     try:
@@ -75,20 +77,20 @@ def launch(module: str, own: list[str], options: list[str], prog: str) -> int:
         code = 128 + signal.SIGINT
     except SignalException as ended:
         code = 128 + ended.sigval
-    except (ValueError, FileNotFoundError) as mistake:  # of accelerate's own options: nothing else runs in here
+    except (ValueError, FileNotFoundError) as mistake:  # about accelerate's own options: the module runs elsewhere
         fail(prog, mistake)
     return code if code >= 0 else 128 - code
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """Not accelerate's advice that one process is the default; that it found several GPUs is."""
+    """Whether a log record is shown: accelerate's list of default values is hidden, unless it found several GPUs."""
     message = record.getMessage()
     return not message.startswith("The following values were not passed") or "More than one GPU" in message
 
 
 @contextmanager
 def children_stopped():
-    """Leave no process behind, whether the launch ends, fails, is interrupted or is terminated."""
+    """Terminate the processes started in the block when it ends, fails, is interrupted or is terminated."""
 
     def terminate(number, frame):
         raise SystemExit(128 + number)
@@ -102,7 +104,7 @@ def children_stopped():
         if in_main_thread:
             signal.signal(signal.SIGTERM, previous)
         alive = set(psutil.Process().children(recursive=True)) - others
-        _, alive = psutil.wait_procs(alive, timeout=3)  # Ctrl-C has reached them too
+        _, alive = psutil.wait_procs(alive, timeout=3)  # Ctrl-C reaches the children too, and they end by themselves
         for end, patience in ((psutil.Process.terminate, 30), (psutil.Process.kill, 3)):
             for process in alive:
                 with suppress(psutil.NoSuchProcess):

@@ -1,6 +1,7 @@
-"""TRL's parser, made strict: a word that nobody knows, or a value of the wrong type, ends the run before it starts.
+"""A strict version of TRL's parser: an unknown option or a value of the wrong type ends the run before it starts.
 
-TRL's own parser ignores some unknown words, hands others to accelerate, and takes YAML values as they are.
+TRL's own parser ignores some unknown options, passes others to accelerate, and does not check the types of YAML
+values.
 """
 
 import argparse
@@ -16,35 +17,40 @@ from typing import Any, NoReturn, get_type_hints
 import yaml
 from trl import TrlParser
 
-from .reading import UNSET, environment, load, nearest, read, words
+from .reading import UNSET, environment, launcher_words, load, nearest, read
 
 
-SCRIPT = "the script"  # stands for it until it is launched
+SCRIPT = "the script"  # placeholder for the script's name, which accelerate's parser requires
+HUB_TOKEN = r"hf_[A-Za-z0-9]{20,}"
 
 
 def fail(prog: str, *mistakes: Any, code: int = 2) -> NoReturn:
-    """Say in one line each what the user got wrong, and exit."""
+    """Print each of the user's mistakes in one line, without tokens of the Hub, and exit.
+
+    Rank 0 prints at once, and the launcher then stops the other ranks, so that a mistake is printed once. A mistake
+    that only another rank has found is printed there after a pause.
+    """
     if os.environ.get("RANK", "0") != "0":
-        time.sleep(10)  # rank 0 says it, and its end ends this process; what only this rank knows is said here
+        time.sleep(10)
     for mistake in mistakes:
-        said = re.sub(r"\bhf_[A-Za-z0-9]{16,}", "***", " ".join(str(mistake).split()))  # a token of the Hub
-        print(f"{prog}: {said}", file=sys.stderr)
+        line = " ".join(str(mistake).split())
+        print(f"{prog}: {re.sub(HUB_TOKEN, '***', line)}", file=sys.stderr)
     raise SystemExit(code)
 
 
 @dataclass(frozen=True)
 class Parsed:
-    """A command line and its YAML file, understood."""
+    """The values of a command line and its YAML file."""
 
     values: tuple[Any, ...]  # one instance of each dataclass
-    options: argparse.Namespace  # of options that are part of no dataclass
-    sources: dict[str, str]  # where an option's value came from; the others have their defaults
-    own: list[str]  # the command line without accelerate's words
-    launch: list[str]  # accelerate's words, of the file and then of the command line
+    options: argparse.Namespace  # the options that belong to no dataclass
+    sources: dict[str, str]  # "command line" or the file, by option; defaults are left out
+    own: list[str]  # the command line without accelerate's options
+    launch: list[str]  # accelerate's options: the file's, then the command line's
 
 
-class Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Each option once: the spelling with dashes is left out where there is one with underscores."""
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Help that shows each option once: not with dashes where it has a spelling with underscores."""
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
         shown = copy.copy(action)
@@ -53,18 +59,18 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
 
 
 def spellings(action: argparse.Action) -> list[str]:
-    """The option's names, the first one of those that differ in `-` and `_` only."""
+    """Return the names of an option; of names that differ in `-` and `_` only, the first."""
     return [*reversed({word.replace("-", "_"): word for word in reversed(action.option_strings)}.values())]
 
 
 class StrictParser(TrlParser):
-    """`TrlParser` for `dataclass_types`; words it does not have must be `launcher`'s.
+    """`TrlParser` for `dataclass_types` that refuses options which neither it nor `launcher` has.
 
-    Every mistake is one line on stderr, those of a file together, and exit code 2.
+    Mistakes end the process with exit code 2 and a line each on stderr. All mistakes of a YAML file are printed.
     """
 
     def __init__(self, dataclass_types, launcher: argparse.ArgumentParser | None = None, **kwargs):
-        super().__init__(dataclass_types, allow_abbrev=False, formatter_class=Help, **kwargs)
+        super().__init__(dataclass_types, allow_abbrev=False, formatter_class=HelpFormatter, **kwargs)
         self.launcher = launcher
         known = launcher._option_string_actions if launcher else {}
         self.accelerate = {word: action for word, action in known.items() if action.dest != "help"}
@@ -72,19 +78,21 @@ class StrictParser(TrlParser):
         self.add_argument("--config", metavar="FILE", help="YAML file of settings; the command line overrides it.")
 
     def error(self, message: str) -> NoReturn:
+        """Print the message in one line and exit; argparse would print the usage before it."""
         fail(self.prog, message)
 
     def show_last(self, title: str, names: set[str]) -> None:
-        """Give some options a part of their own at the end of the help."""
-        theirs = self.add_argument_group(title)._group_actions
-        theirs += [action for action in self._actions if action.dest in names]
-        self._optionals._group_actions = [action for action in self._actions if action not in theirs]
+        """Move the options of these names into a group of their own at the end of the help."""
+        moved = self.add_argument_group(title)._group_actions
+        moved += [action for action in self._actions if action.dest in names]
+        self._optionals._group_actions = [action for action in self._actions if action not in moved]
 
     def parse_args_and_config(self, args: Iterable[str] | None = None, **_: Any) -> tuple[Any, ...]:
-        """One instance of each dataclass, from the command line, then `--config`, then the defaults."""
+        """Return one instance of each dataclass; the command line overrides `--config`, which overrides defaults."""
         return self.parse(args).values
 
     def parse(self, args: Iterable[str] | None = None) -> Parsed:
+        """Read `args`, by default the command line of the process, and the YAML file that `--config` names."""
         args = list(sys.argv[1:] if args is None else args)
         finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         finder.add_argument("--config", action="append")
@@ -102,10 +110,8 @@ class StrictParser(TrlParser):
             self.error(str(mistake))
         return Parsed(tuple(values), rest, sources, _without(args, left), [*launch, *left])
 
-    # The command line
-
     def _check_words(self, launch: list[str], left: list[str]) -> None:
-        """`left` must be accelerate's."""
+        """Refuse words that this parser has left over and that are no options of accelerate."""
         options = [word.partition("=")[0] for word in left if re.match("--?[A-Za-z]", word)]
         known = [word for word in (*self._option_string_actions, *self.accelerate) if word.startswith("--")]
         unknown = [word for word in options if word not in self.accelerate]
@@ -118,10 +124,8 @@ class StrictParser(TrlParser):
         if stray not in (None, SCRIPT):
             self.error(f"unexpected argument {stray!r}: every setting is given by name, see --help")
 
-    # The file
-
     def read_settings(self, file: str) -> tuple[dict[str, str], list[str]]:
-        """Make the file's values the defaults. Returns where those came from, and accelerate's words."""
+        """Make the values of a YAML file the defaults; return their sources by name, and accelerate's options."""
         try:
             names, launch, mistakes = self.take(load(file))
         except ValueError as mistake:
@@ -133,9 +137,9 @@ class StrictParser(TrlParser):
     def take(
         self, settings: Iterable[tuple[str, yaml.Node]], others: Iterable[str] = ()
     ) -> tuple[list[str], list[str], list[str]]:
-        """Make values the defaults. Returns their names, accelerate's words, and what is wrong with the rest.
+        """Make the settings the defaults; return their names, accelerate's options, and one line for each mistake.
 
-        others: keys that are known elsewhere, and could have been meant
+        others: keys that belong elsewhere, offered as corrections of an unknown key
         """
         actions = {action.dest: action for action in self._actions if action.dest in self.hints}
         known = [*actions, *(word[2:] for word in self.accelerate if word.startswith("--")), "env", *others]
@@ -152,7 +156,7 @@ class StrictParser(TrlParser):
                     names.append(name)
                     self.set_defaults(**{name: read(actions[name], self.hints[name], node)})
                 elif f"--{name}" in self.accelerate:
-                    launch += words(name, self.accelerate[f"--{name}"], node)
+                    launch += launcher_words(name, self.accelerate[f"--{name}"], node)
                 else:
                     mistakes.append(f"unknown key {key!r}{nearest(key, known)}")
             except ValueError as mistake:
@@ -161,7 +165,7 @@ class StrictParser(TrlParser):
 
 
 def _without(all_words: list[str], removed: list[str]) -> list[str]:
-    """`all_words` without `removed`, which is a part of them in the same order."""
+    """Return `all_words` without the words `removed`, which occur in it in the same order."""
     rest = iter(removed)
     gone, kept = next(rest, None), []
     for word in all_words:

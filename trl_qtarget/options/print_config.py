@@ -1,4 +1,4 @@
-"""`--print_config`: what a command line and its YAML file came to, and where each setting is from."""
+"""`--print_config`: print each setting of a run, its value, and whether it comes from YAML or the command line."""
 
 import json
 import re
@@ -7,17 +7,17 @@ from dataclasses import fields
 from typing import Any
 
 from ..theory.presets import find_preset
-from .parsing import Parsed
+from .parsing import HUB_TOKEN, Parsed
 
 
-# tokens of texts (`eos_token`) are none; in the environment every TOKEN is one
+# names of secrets: `hub_token` but not `eos_token`, and environment variables that end in TOKEN
 SECRET = re.compile(r"TOKEN$|(?i:(^|hub_?|hf_?|access_?|auth_?|api_?)token$|key$|secret|passw|(^|_)pass$)|(?<!BY)PASS")
-# a token of the Hub, one of an API, a password in an address; `task-...` is none
-SECRET_VALUE = re.compile(r"^hf_|hf_[A-Za-z0-9]{20,}|(?<![A-Za-z0-9])sk-[\w-]{20,}|//[^/\s]*:[^/\s]*@")
+# secrets under any name: a token of the Hub, a key of an API (`sk-...` but not `task-...`), a password in a URL
+SECRET_VALUE = re.compile(rf"^hf_|{HUB_TOKEN}|(?<![A-Za-z0-9])sk-[\w-]{{20,}}|//[^/\s]*:[^/\s]*@")
 
 
-def show(parsed: Parsed, more: dict[str, tuple[Any, str]]) -> None:
-    """Print the settings that somebody made, and `more`: value and source by name."""
+def print_settings(parsed: Parsed, more: dict[str, tuple[Any, str]]) -> None:
+    """Print the settings that are not left at their defaults, and then `more`: value and source by name."""
     from rich.console import Console
     from rich.table import Table
 
@@ -32,8 +32,8 @@ def show(parsed: Parsed, more: dict[str, tuple[Any, str]]) -> None:
     Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else 250).print(table)
 
 
-def of_loss(parsed: Parsed) -> dict[str, tuple[Any, str]]:
-    """The loss and its arguments, value and source by name."""
+def loss_settings(parsed: Parsed) -> dict[str, tuple[Any, str]]:
+    """Return value and source, by name, of the loss and each of its arguments."""
     training_args = parsed.values[1]
     given = training_args.loss_kwargs or {}
     rows = {"loss": (training_args.loss, parsed.sources.get("loss", "default"))}
@@ -43,7 +43,7 @@ def of_loss(parsed: Parsed) -> dict[str, tuple[Any, str]]:
 
 
 def masked(name: str, value: Any) -> Any:
-    """`value`, or stars if it is a secret; inside mappings and lists too."""
+    """Replace a secret by stars, also inside mappings and lists; other values are returned unchanged."""
     if isinstance(value, dict):
         return {key: masked(str(key), inner) for key, inner in value.items()}
     if isinstance(value, list):
@@ -54,4 +54,5 @@ def masked(name: str, value: Any) -> Any:
 
 
 def _plain(value: Any) -> Any:
+    """Return an object's attributes, or its text if it has none, for JSON."""
     return getattr(value, "__dict__", None) or str(value)

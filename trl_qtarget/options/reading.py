@@ -1,7 +1,8 @@
-"""YAML settings, read strictly by the types of the options they are for.
+"""Read YAML settings strictly, by the types of the options that they set.
 
-A value is what YAML makes of it where the option's type has that, else what the command line would make of its text:
-`1e-3`, a text for YAML, is a number for a number, and `no` is the word where an option has such a choice.
+If YAML reads a value as the option's type, that value is taken. Otherwise its text is converted as on the command
+line: YAML reads `1e-3` as a text and `no` as false, but a numeric option gets 0.001, and an option with a choice `no`
+gets that word.
 """
 
 import argparse
@@ -15,8 +16,8 @@ from typing import Any, Literal, Union, get_args, get_origin
 import yaml
 
 
-TAKES_BOOL = ("resume_from_checkpoint", "fsdp")  # Transformers reads more there than it declares
-MEANT = {  # what older or shorter names are now, where no likeness tells
+TAKES_BOOL = ("resume_from_checkpoint", "fsdp")  # Transformers also takes booleans here, which its types do not say
+MEANT = {  # current names of options whose old or short names are too different for a spelling correction
     "torch_dtype": "dtype",
     "dataset_mixture": "datasets",
     "no_cuda": "use_cpu",
@@ -27,29 +28,29 @@ MEANT = {  # what older or shorter names are now, where no likeness tells
     "teacher": "teacher_model_name_or_path",
     "teacher_model": "teacher_model_name_or_path",
 }
-WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", dict: "a mapping"}
+TYPE_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", dict: "a mapping"}
 UNSET = object()
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """` (did you mean 'x'?)`, or nothing."""
-    # of two spellings of an option the first one, with underscores
+    """Return ` (did you mean 'x'?)` for the most similar known word, or an empty text."""
+    # of the spellings of an option the first, which has underscores
     bare = {name.lstrip("-").replace("-", "_"): name for name in reversed(list(known))}
     word = word.lstrip("-").replace("-", "_")
     guess = [MEANT[word]] if MEANT.get(word) in bare else difflib.get_close_matches(word, bare, n=1)
-    guess = ["loss"] if guess == ["loss_type"] and "loss" in bare else guess  # TRL's, which our losses do not read
+    guess = ["loss"] if guess == ["loss_type"] and "loss" in bare else guess  # TRL's option for its own losses
     return f" (did you mean {bare[guess[0]]!r}?)" if guess else ""
 
 
 def load(file: str) -> list[tuple[str, yaml.Node]]:
-    """The settings of a YAML file, by name and not yet read.
+    """Return the settings of a YAML file as pairs of name and node, whose values `read` converts.
 
     Raises:
-        ValueError: why there are none.
+        ValueError: the file cannot be read, is not plain YAML, or holds no settings.
     """
     try:
         text = Path(file).read_text(encoding="utf-8")
-        yaml.safe_load(text)  # refuses tags, and finds what aliases and merges may hide
+        yaml.safe_load(text)  # refuses tags and keys that compose accepts
         top = yaml.compose(text, yaml.SafeLoader)
     except OSError as error:
         raise ValueError(f"cannot read --config {file}: {error.strerror}") from None
@@ -69,7 +70,11 @@ def load(file: str) -> list[tuple[str, yaml.Node]]:
 
 
 def environment(node: yaml.Node) -> dict[str, str]:
-    """The variables under `env`, as TRL sets them."""
+    """Return the environment variables under the key `env`.
+
+    Raises:
+        ValueError: `env` is no mapping.
+    """
     values = _value(node)
     if not isinstance(values, dict):
         raise ValueError(f"must be a mapping, got {values!r}")
@@ -77,10 +82,10 @@ def environment(node: yaml.Node) -> dict[str, str]:
 
 
 def read(action: argparse.Action, hint: Any, node: yaml.Node) -> Any:
-    """A YAML value for an option: as YAML reads it where the field's type `hint` has that, else as the command line.
+    """Convert a YAML node to a value of the option, whose field has the type `hint`.
 
     Raises:
-        ValueError: what it must be.
+        ValueError: the value has another type or is none of the choices; the message says what it must be.
     """
     members = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     kinds = {get_origin(member) or member: get_args(member) for member in members}
@@ -92,15 +97,15 @@ def read(action: argparse.Action, hint: Any, node: yaml.Node) -> Any:
     if type(value) in kinds:
         made = value
     elif list in kinds and str not in kinds:
-        made = [_entry(action, kinds[list][0], node)]  # one for a list of one
+        made = [_entry(action, kinds[list][0], node)]  # one value stands for a list of one
     else:
-        convert: Any = action.type  # HfArgumentParser gives every option one
+        convert: Any = action.type  # never None: HfArgumentParser gives every option a type
         try:
             made = convert(node.value) if isinstance(node, yaml.ScalarNode) and value is not None else UNSET
         except (ValueError, argparse.ArgumentTypeError):
             made = UNSET
         if made is UNSET:
-            wanted = " or ".join(word for kind, word in WORDS.items() if kind in kinds) or "one value"
+            wanted = " or ".join(word for kind, word in TYPE_NAMES.items() if kind in kinds) or "one value"
             raise ValueError(f"must be {wanted}, got {value!r}")
     if action.choices is not None and made is not None and made not in action.choices:
         raise ValueError(f"must be one of {', '.join(map(str, action.choices))}, got {value!r}")
@@ -108,7 +113,7 @@ def read(action: argparse.Action, hint: Any, node: yaml.Node) -> Any:
 
 
 def _entry(action: argparse.Action, hint: Any, node: yaml.Node) -> Any:
-    """One entry of a list. Those of `datasets` are mappings with names of their own."""
+    """Convert one entry of a list; the entries of `datasets` are mappings, whose keys are checked."""
     if not is_dataclass(hint):
         return read(action, hint, node)
     value = _value(node)
@@ -124,8 +129,8 @@ def _entry(action: argparse.Action, hint: Any, node: yaml.Node) -> Any:
     return value
 
 
-def words(name: str, action: argparse.Action, node: yaml.Node) -> list[str]:
-    """A YAML setting as accelerate's command line has it."""
+def launcher_words(name: str, action: argparse.Action, node: yaml.Node) -> list[str]:
+    """Write a YAML setting in the form of accelerate's command line."""
     if not isinstance(node, yaml.ScalarNode):
         raise ValueError("must be one value")
     if node.tag.endswith(":null"):

@@ -1,4 +1,4 @@
-"""The commands that are scripts, one module each with `make_parser` and `main`, as in `trl.scripts`.
+"""The commands that `python -m` can run too: one module each with `make_parser`, as in `trl.scripts`.
 
 May import every room but `chain` and `cli`.
 """

@@ -5,7 +5,7 @@
 # ///
 
 """
-Score a teacher once on the rows of a training recipe. `trl-qtarget cache` runs this under `accelerate launch`.
+Score a teacher once on the rows of a training recipe. `trl-qtarget cache` runs this module under `accelerate launch`.
 
 ```bash
 trl-qtarget cache \
@@ -15,8 +15,8 @@ trl-qtarget cache \
 trl-qtarget sft --config recipe.yaml --teacher_cache teacher-of-recipe
 ```
 
-The recipe is that of the training: its data, tokenizer, template and truncation make the rows, with the trainer's own
-code. What is there already is not scored again.
+The recipe is the same for both commands: the trainer's own code makes the rows from its data, tokenizer, template and
+truncation. Rows that the cache already holds are not scored again.
 """
 
 import tempfile
@@ -30,28 +30,28 @@ from . import sft
 
 
 PROG = "trl-qtarget cache"
-MANIFEST = "manifest.json"  # as teachers.shards has it, which would load much for a name
+MANIFEST = "manifest.json"  # equals cache.shards.MANIFEST; that module loads numpy and pyarrow
 
 
 @dataclass
 class CacheArguments:
-    """What is kept of the teacher, and how it is asked."""
+    """What is kept of the teacher's distributions, and how they are computed."""
 
-    top_k: int = field(default=64, metadata={"help": "Ids that are kept of each label's distribution."})
+    top_k: int = field(default=64, metadata={"help": "Number of ids kept of each label's distribution."})
     cache_dtype: str = field(
         default="auto",
         metadata={
-            "help": "Of the log-probabilities: float16, float32, or auto, which measures whether float16 does.",
+            "help": "Type of the stored log-probabilities; auto measures whether float16 is accurate enough.",
             "choices": ["auto", "float16", "float32"],
         },
     )
-    batch_tokens: int = field(default=8192, metadata={"help": "Tokens of one forward pass, padding included."})
+    batch_tokens: int = field(default=8192, metadata={"help": "Tokens in one forward pass, padding included."})
     shard_tokens: int = field(
         default=2**15,
-        metadata={"help": "Labels of one file: what a process does at a time, and what a killed run loses."},
+        metadata={"help": "Labels in one file; a killed run loses at most one file per process."},
     )
-    dry_run: bool = field(default=False, metadata={"help": "Say what it would take, and write nothing."})
-    verify: int = field(default=0, metadata={"help": "Score that many rows of the cache again, and compare."})
+    dry_run: bool = field(default=False, metadata={"help": "Print time and size of the scoring, and write nothing."})
+    verify: int = field(default=0, metadata={"help": "Number of rows in the cache to score again and compare."})
 
     def __post_init__(self):
         for name in ("top_k", "batch_tokens", "shard_tokens"):
@@ -66,7 +66,7 @@ def make_parser(prog: str | None = None) -> StrictParser:
 
 
 def mistakes(script_args, training_args, model_args, dataset_args, cache_args) -> list[str]:
-    """What would only come to light minutes later."""
+    """Return one line for each mistake that would otherwise show minutes later."""
     teacher = training_args.teacher_model_name_or_path
     found = [
         *no_model("model_name_or_path", model_args.model_name_or_path),
@@ -85,7 +85,7 @@ def mistakes(script_args, training_args, model_args, dataset_args, cache_args) -
 
 
 def run() -> None:
-    """One process of the scoring. The user's mistakes are one sentence and exit code 2."""
+    """Run one process of the scoring; a mistake of the user is one line and exit code 2."""
     warnings.filterwarnings("ignore", "`gradient_checkpointing` is deprecated", FutureWarning)
     parsed = make_parser().parse()
     found = mistakes(*parsed.values)
@@ -93,7 +93,7 @@ def run() -> None:
         fail(PROG, *found)
     from ..scoring.recipe import Scorer, dry_run, fill, verify
 
-    with tempfile.TemporaryDirectory() as unused:  # a trainer makes its output folder
+    with tempfile.TemporaryDirectory() as unused:  # the trainer creates its output folder
         parsed.values[1].output_dir = unused
         try:
             scorer = Scorer(*parsed.values)

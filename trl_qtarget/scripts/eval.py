@@ -1,64 +1,72 @@
-"""Average@k of one or more models, on problems whose answers can be checked.
+"""Measure Average@k of one or more models, on problems whose answers can be checked.
 
 trl-qtarget eval --model_name_or_path outputs/dft outputs/target_sft --dataset problems.jsonl --k 16 --verifier math
 
-Prints Average@k (the mean over problems of the mean score of k samples, with its standard error over problems), greedy
-accuracy, pass@k, length and how many samples ended. With --pairs also preferences for DPO: right and wrong samples of
-the same prompt. All settings can stand in a file: --config eval.yaml.
+The command prints Average@k (the mean over problems of the mean score of k samples, with its standard error over
+problems), the greedy score, pass@k, the mean length, and the share of samples that ended. With --pairs it also writes
+preference pairs for DPO: a right and a wrong sample of the same prompt. --config eval.yaml reads settings from a file.
 """
 
 import json
 import math
 import platform
-import sys
 import time
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .. import __version__
 from ..evaluation import models, preferences, report
 from ..evaluation.problems import Problem, read_problems
 from ..evaluation.report import Result, Sample
 from ..evaluation.verifiers import MathVerifier, Verifier, find_verifier
-from ..options.parsing import StrictParser
+from ..files import write_text
+from ..options.parsing import StrictParser, fail
 
 
+if TYPE_CHECKING:
+    from ..evaluation.sampling import Generation  # loads torch, which --help does not need
+
+PROG = "trl-qtarget eval"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 @dataclass
 class EvalArguments:
-    """What `trl-qtarget eval` takes."""
+    """The options of `trl-qtarget eval`."""
 
     model_name_or_path: list[str] = field(metadata={"help": "one or more model folders, or models of the Hub"})
-    dataset: str = field(metadata={"help": "a .json, .jsonl, .csv or .parquet file, or a folder or Hub dataset"})
-    dataset_config: str | None = field(default=None, metadata={"help": "the Hub dataset's configuration"})
+    dataset: str = field(metadata={"help": "a .json, .jsonl, .csv or .parquet file, a folder, or a Hub dataset"})
+    dataset_config: str | None = field(default=None, metadata={"help": "configuration of a Hub dataset"})
     dataset_split: str | None = field(
-        default=None, metadata={"help": "which split; by default the only one, or the one named test"}
+        default=None, metadata={"help": "split to use; by default the only split, or the split named test"}
     )
-    prompt_column: str = field(default="prompt", metadata={"help": "column of the prompts: texts, or messages"})
+    prompt_column: str = field(
+        default="prompt", metadata={"help": "column of the prompts, texts or lists of messages"}
+    )
     answer_column: str = field(default="answer", metadata={"help": "column of the right answers"})
-    max_rows: int | None = field(default=None, metadata={"help": "use the first rows only"})
+    max_rows: int | None = field(default=None, metadata={"help": "number of rows to use; by default all"})
     verifier: str = field(
-        default="exact", metadata={"help": "exact, math, or yours as module:function or path/to/file.py:function"}
+        default="exact",
+        metadata={"help": "exact, math, or a function of yours as module:function or path/to/file.py:function"},
     )
-    k: int = field(default=16, metadata={"help": "samples for each row; a greedy completion is always made besides"})
+    k: int = field(default=16, metadata={"help": "samples per row, in addition to a greedy completion"})
     temperature: float = field(default=1.0, metadata={"help": "temperature of the samples"})
     top_p: float = field(default=1.0, metadata={"help": "sample from the smallest set of tokens with this mass"})
-    max_new_tokens: int = field(default=256, metadata={"help": "cut completions that have not ended by then"})
-    batch_size: int = field(default=64, metadata={"help": "completions at a time; the samples do not depend on it"})
-    seed: int = field(default=0, metadata={"help": "same seed, same samples"})
-    dtype: str = field(default="auto", metadata={"help": f"one of {', '.join(DTYPES)}; auto is what was saved"})
+    max_new_tokens: int = field(default=256, metadata={"help": "length at which a completion is cut, in tokens"})
+    batch_size: int = field(default=64, metadata={"help": "completions per batch; does not change the samples"})
+    seed: int = field(default=0, metadata={"help": "seed of the samples; the same seed gives the same samples"})
+    dtype: str = field(default="auto", metadata={"help": f"one of {', '.join(DTYPES)}; auto keeps the saved type"})
     trust_remote_code: bool = field(default=False, metadata={"help": "run the code that comes with a model"})
     output_dir: str | None = field(
         default=None, metadata={"help": "write results.json and samples-MODEL.jsonl into this folder"}
     )
     pairs: int | None = field(
         default=None,
-        metadata={"help": "write up to so many pairs a row of a right and a wrong sample to pairs.jsonl, for DPO"},
+        metadata={"help": "write pairs of a right and a wrong sample to pairs.jsonl for DPO, up to this many per row"},
     )
-    overwrite: bool = field(default=False, metadata={"help": "replace the results that output_dir holds"})
+    overwrite: bool = field(default=False, metadata={"help": "replace results that are in output_dir already"})
 
     def __post_init__(self):
         for name in ("k", "max_new_tokens", "batch_size", "max_rows", "pairs"):
@@ -79,20 +87,17 @@ class EvalArguments:
 
 
 def make_parser(prog: str | None = None) -> StrictParser:
-    return StrictParser(
-        EvalArguments, prog=prog or "python -m trl_qtarget.scripts.eval", description=(__doc__ or "").split("\n")[0]
-    )
+    return StrictParser(EvalArguments, prog=prog or PROG, description=(__doc__ or "").split("\n")[0])
 
 
 def main(args: EvalArguments) -> list[Result]:
-    """Evaluate, print the table, write the files. A mistake in the settings is one sentence and exit code 2."""
+    """Evaluate the models, print the table and write the files; a mistake of the user is a line and exit code 2."""
     from rich.console import Console
 
     try:
         verifier, problems, subjects = prepare(args)
     except ValueError as mistake:
-        print(f"trl-qtarget eval: {mistake}", file=sys.stderr)
-        raise SystemExit(2) from None
+        fail(PROG, mistake)
     results: list[Result] = []
     baseline: list[Sample] | None = None
     for subject in subjects:
@@ -104,17 +109,17 @@ def main(args: EvalArguments) -> list[Result]:
         if args.output_dir is not None:
             report.write_samples(report.samples_file(args.output_dir, subject.label), samples)
     if args.output_dir is not None:
-        report.write(Path(args.output_dir, "results.json"), to_json(args, results))
+        write_text(Path(args.output_dir, "results.json"), to_json(args, results))
     for part in (title(args, results), report.table(results), report.notes(results)):
         Console().print(part, markup=False, highlight=False)
     return results
 
 
 def prepare(args: EvalArguments) -> tuple[Verifier, list[Problem], list[models.Subject]]:
-    """Everything that can be wrong, found before any weights are read.
+    """Load everything but the weights: the verifier, the problems, and each model's tokenizer.
 
     Raises:
-        ValueError: what is wrong and what to do.
+        ValueError: a mistake in the settings, the data or a model's folder; the message says what to do.
     """
     labels = models.labels(args.model_name_or_path)
     if args.output_dir is not None and not args.overwrite:
@@ -146,7 +151,7 @@ def evaluate(
     verifier: Verifier,
     baseline: list[Sample] | None = None,
 ) -> tuple[Result, list[Sample]]:
-    """One model's samples, each judged as soon as it is there, and what they add up to."""
+    """Sample from one model, score each sample as soon as it is generated, and summarize the scores."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -170,7 +175,7 @@ def evaluate(
     with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task(subject.label, total=len(problems) * (args.k + 1))
         for batch in batches:
-            samples += [judge(completion, subject.tokenizer, problems, verifier) for completion in batch]
+            samples += [judge(generation, subject.tokenizer, problems, verifier) for generation in batch]
             progress.update(task, completed=len(samples))
     result = Result(
         model=subject.name,
@@ -182,26 +187,27 @@ def evaluate(
     return result, samples
 
 
-def judge(completion, tokenizer, problems: list[Problem], verifier: Verifier) -> Sample:
-    problem = problems[completion.row]
-    text = tokenizer.decode(completion.ids, skip_special_tokens=True)
-    score = verifier(text, problem.answer, problem.row | {"_ended": completion.ended})
-    return Sample(completion.row, completion.sample, text, score, completion.ended, completion.length)
+def judge(generation: "Generation", tokenizer, problems: list[Problem], verifier: Verifier) -> Sample:
+    """Decode a generation and score it."""
+    problem = problems[generation.row]
+    text = tokenizer.decode(generation.ids, skip_special_tokens=True)
+    score = verifier(text, problem.answer, problem.row | {"_ended": generation.ended})
+    return Sample(generation.row, generation.sample, text, score, generation.ended, generation.length)
 
 
 def write_pairs(args: EvalArguments, problems: list[Problem], samples: list[Sample]) -> None:
-    """The file for DPO. Where not one pair can be made: one sentence, exit code 2, and nothing is written."""
+    """Write the pairs for DPO; if the samples make no pair, explain why in one line and exit with code 2."""
     assert args.output_dir is not None
     pairs = preferences.pairs(problems, samples, args.pairs or 1)
     if not pairs:
-        print(f"trl-qtarget eval: --pairs: {preferences.why_none(samples)}", file=sys.stderr)
-        raise SystemExit(2)
+        fail(PROG, f"--pairs: {preferences.why_none(samples)}")
     report.write_rows(Path(args.output_dir, preferences.FILE), pairs)
     rows = len({json.dumps(pair["prompt"]) for pair in pairs})
     print(f"{len(pairs)} pairs from {rows} of {len(problems)} rows in {Path(args.output_dir, preferences.FILE)}")
 
 
 def title(args: EvalArguments, results: list[Result]) -> str:
+    """Describe the data and the settings in the line above the table."""
     nucleus = "" if args.top_p == 1 else f", top-p {args.top_p:g}"
     return (
         f"{args.dataset}: {results[0].rows} rows, {args.k} samples each at temperature {args.temperature:g}{nucleus}, "
@@ -210,6 +216,7 @@ def title(args: EvalArguments, results: list[Result]) -> str:
 
 
 def to_json(args: EvalArguments, results: list[Result]) -> str:
+    """Write settings, versions and results as the text of results.json."""
     versions = {"trl-qtarget": __version__, "python": platform.python_version()}
     versions |= {package: version(package) for package in ("trl", "transformers", "torch")}
     content = {"settings": asdict(args), "versions": versions, "results": [asdict(result) for result in results]}
@@ -217,5 +224,4 @@ def to_json(args: EvalArguments, results: list[Result]) -> str:
 
 
 if __name__ == "__main__":
-    (arguments,) = make_parser().parse_args_and_config()
-    main(arguments)
+    main(*make_parser().parse_args_and_config())

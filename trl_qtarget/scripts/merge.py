@@ -1,32 +1,34 @@
-"""Merge an adapter into its base model: a folder that every command and plain transformers load.
+"""Merge an adapter into its base model; every command and plain transformers can load the folder that is written.
 
 trl-qtarget merge --model_name_or_path outputs/sft --output_dir outputs/sft-merged
 
-The weights keep the base model's type, the tokenizer and chat template are the adapter's, the generation settings the
-base model's. The merged model must give the logits of base and adapter on a few tokens, or nothing is written.
+The merged model has the data type and the generation settings of the base model, and the tokenizer and chat template
+of the adapter. If its logits differ from those of base and adapter on a few tokens, nothing is written.
 """
 
-import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..files import whole_folder
 from ..options.parsing import StrictParser, fail
 
 
 PROG = "trl-qtarget merge"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 6e-2}  # of the largest logit, some roundings of the type
-PROBE = (4, 32)  # sequences of a probe batch and their tokens
+TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 6e-2}  # as a share of the largest logit
+PROBE = (4, 32)  # number of sequences that are compared, and tokens in each
 
 
 @dataclass
 class MergeArguments:
-    """What `trl-qtarget merge` takes."""
+    """The options of `trl-qtarget merge`."""
 
-    model_name_or_path: str = field(metadata={"help": "the adapter's folder"})
-    output_dir: str = field(metadata={"help": "the merged model's folder, which must be new or empty"})
-    dtype: str = field(default="auto", metadata={"help": f"one of {', '.join(DTYPES)}; auto is the base model's"})
-    model_revision: str | None = field(default=None, metadata={"help": "the base model's revision on the Hub"})
+    model_name_or_path: str = field(metadata={"help": "folder of the adapter"})
+    output_dir: str = field(metadata={"help": "folder for the merged model, new or empty"})
+    dtype: str = field(
+        default="auto", metadata={"help": f"one of {', '.join(DTYPES)}; auto keeps that of the base model"}
+    )
+    model_revision: str | None = field(default=None, metadata={"help": "revision of the base model on the Hub"})
     trust_remote_code: bool = field(default=False, metadata={"help": "run the code that comes with a model"})
 
     def __post_init__(self):
@@ -39,7 +41,7 @@ def make_parser(prog: str | None = None) -> StrictParser:
 
 
 def mistakes(args: MergeArguments) -> list[str]:
-    """What can be said before anything is loaded."""
+    """Return one line for each mistake that can be found before anything is loaded."""
     adapter, out, found = Path(args.model_name_or_path), Path(args.output_dir), []
     if not (adapter / "adapter_config.json").is_file():
         found.append(f"model_name_or_path: the folder {adapter} holds no adapter (no adapter_config.json)")
@@ -49,7 +51,7 @@ def mistakes(args: MergeArguments) -> list[str]:
 
 
 def main(args: MergeArguments) -> None:
-    """Merge and say how well. A mistake is one sentence and exit code 2."""
+    """Merge and print the difference in logits; a mistake of the user is one sentence and exit code 2."""
     found = mistakes(args)
     if found:
         fail(PROG, *found)
@@ -62,10 +64,10 @@ def main(args: MergeArguments) -> None:
 
 
 def merge(args: MergeArguments) -> float:
-    """Merge, check and save. Returns the largest difference of logits, as a share of the largest logit.
+    """Merge, check and save; return the largest difference of logits as a share of the largest logit.
 
     Raises:
-        ValueError: the merged model is not the one that was trained.
+        ValueError: the merged model computes other logits than base and adapter, or the adapter cannot be merged.
     """
     import torch
     from transformers import AutoTokenizer
@@ -84,19 +86,25 @@ def merge(args: MergeArguments) -> float:
             f"The merged model's logits differ from those of base and adapter by {difference:.1e} of the largest, "
             f"more than the {allowed:.0e} of rounding in {merged.dtype}: nothing was written. Try --dtype float32."
         )
-    _save(merged, tokenizer, Path(args.output_dir))
+    with whole_folder(Path(args.output_dir)) as folder:
+        merged.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
     return difference
 
 
 def _load(args: MergeArguments):
-    """Base and adapter."""
+    """Load the adapter and its base model.
+
+    Raises:
+        ValueError: the adapter is for another task, or does not change weights.
+    """
     from peft import AutoPeftModelForCausalLM, PeftConfig
 
     config = PeftConfig.from_pretrained(args.model_name_or_path)
     if config.task_type not in (None, "CAUSAL_LM"):
-        raise ValueError(f"The adapter is for {config.task_type}: only those of causal language models are merged.")
+        raise ValueError(f"The adapter is for {config.task_type}: only adapters for CAUSAL_LM are merged.")
     if config.is_prompt_learning:
-        raise ValueError(f"An adapter of type {config.peft_type} is no change of weights, so it cannot be merged.")
+        raise ValueError(f"An adapter of type {config.peft_type} changes no weights, so it cannot be merged.")
     config.revision = args.model_revision or config.revision
     model = AutoPeftModelForCausalLM.from_pretrained(
         args.model_name_or_path,
@@ -106,18 +114,6 @@ def _load(args: MergeArguments):
         use_safetensors=True,
     )
     return model.eval()
-
-
-def _save(model, tokenizer, folder: Path) -> None:
-    """A whole folder or none."""
-    unfinished = folder.with_name(f".{folder.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.parent.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(unfinished)
-    tokenizer.save_pretrained(unfinished)
-    if folder.is_dir():
-        folder.rmdir()  # empty, or this fails
-    unfinished.rename(folder)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
 """
-Predict the memory of a recipe on each device, from configurations alone: no weights are read, nothing is trained.
+Predict the memory that a recipe needs on each device, from configurations alone: no weights are read.
 
 ```bash
 trl-qtarget plan --config recipe.yaml --accelerate_config zero3 --num_processes 8 --device_memory 80
 ```
 
-It takes what `trl-qtarget sft` takes, accelerate's options included. Where the recipe does not fit, it says what to
-change, and exits with 1.
+The command takes the options of `trl-qtarget sft`, accelerate's included. If the recipe does not fit, the command
+prints what to change and exits with 1.
 """
 
 import copy
@@ -35,13 +35,13 @@ console = Console(markup=False, highlight=False)
 
 @dataclass
 class PlanArguments:
-    """The device, and how much data it gets."""
+    """The memory of a device, and the tokens that it gets."""
 
     device_memory: float | None = field(
-        default=None, metadata={"help": "GiB of one device. If not set, that of the GPU, if there is one."}
+        default=None, metadata={"help": "Memory of one device in GiB; by default that of the GPU, if there is one."}
     )
     row_tokens: int | None = field(
-        default=None, metadata={"help": "Tokens of the longest row. If not set, `max_length`."}
+        default=None, metadata={"help": "Tokens of the longest row; by default `max_length`."}
     )
 
     def __post_init__(self):
@@ -52,7 +52,7 @@ class PlanArguments:
 
 @dataclass
 class PlannedConfig(TargetSFTConfig):
-    """Settings of a run on other devices than this machine may have: bf16 is not refused for want of a GPU."""
+    """Settings of a run on another machine: bf16 is accepted even if this machine has no GPU."""
 
     def __post_init__(self):
         on_cpu, self.use_cpu = self.use_cpu, True
@@ -65,9 +65,10 @@ def make_parser(prog: str | None = None) -> StrictParser:
 
 
 def mistakes(script_args, training_args, model_args, dataset_args, plan_args) -> list[str]:
+    """Return one line for each setting that a prediction needs and that is missing or wrong."""
     given = copy.copy(training_args)
     if missing_cache(given) is not None:
-        given.teacher_cache = "to-be-made"  # as one of the Hub, it need not be here to be planned with
+        given.teacher_cache = "to-be-made"  # could be a name on the Hub, and is accepted
     found = no_models(given, model_args)
     if plan_args.row_tokens is None and training_args.max_length is None:
         found.append("max_length is not set, so nothing says how long a row is: pass --row_tokens")
@@ -75,16 +76,16 @@ def mistakes(script_args, training_args, model_args, dataset_args, plan_args) ->
 
 
 def missing_cache(training_args: TargetSFTConfig) -> str | None:
-    """The cache that is not on this machine; a folder without a manifest is another mistake."""
+    """Return the name of a teacher cache that is not on this machine yet; `sft` refuses it, a plan does not."""
     name = training_args.teacher_cache
     return None if name is None or Path(name).is_dir() else name
 
 
 def main(parsed: Parsed) -> int:
-    """Print the prediction, and what to change; 1 if it does not fit.
+    """Print the prediction and what to change; return 1 if the recipe does not fit, else 0.
 
     Raises:
-        ValueError: a configuration that cannot be read, or an engine that is not counted.
+        ValueError: a configuration cannot be read, or the prediction does not cover the engine.
     """
     from ..options.launching import launched_as
     from ..planning.sizes import adapted, run_of
@@ -92,25 +93,29 @@ def main(parsed: Parsed) -> int:
     training_args, plan_args = parsed.values[1], parsed.values[4]
     run = run_of(*parsed.values, engine=engine_of(launched_as(parsed.launch), training_args))
     limit = _device_memory(plan_args, training_args)
-    show(run, limit)
+    print_prediction(run, limit)
     if run.cached_ids and missing_cache(training_args) is not None:
         console.print(
-            f"The cache {training_args.teacher_cache} is not here: counted with K = {run.cached_ids} ids a label, as "
-            "`trl-qtarget cache` keeps them if not told otherwise."
+            f"The cache {training_args.teacher_cache} is not here: counted with K = {run.cached_ids} ids a label, the "
+            "default of `trl-qtarget cache`."
         )
     if limit is None or peak(run) <= limit:
         return 0
-    recommend(adapted(run, *parsed.values), limit)
+    print_advice(adapted(run, *parsed.values), limit)
     return 1
 
 
 def engine_of(options: Namespace, training_args: Any) -> Engine:
-    """How processes share the work, from accelerate's options and the recipe's own `deepspeed` or `fsdp`."""
+    """Return how processes share the work, by accelerate's options and the recipe's own `deepspeed` or `fsdp`.
+
+    Raises:
+        ValueError: the prediction does not cover the engine, or DeepSpeed's configuration is wrong.
+    """
     for name in ("sp", "cp", "tp"):
         if int(getattr(options, f"parallelism_config_{name}_size", None) or 1) > 1:
             raise ValueError(
-                f"{name}_size is more than 1, and the plan knows DDP, ZeRO and FSDP alone: plan one rank's part of "
-                f"the tokens with --row_tokens, and leave {name}_size out."
+                f"{name}_size is more than 1, but the plan covers DDP, ZeRO and FSDP only: leave {name}_size out, and "
+                "give the tokens of one rank as --row_tokens."
             )
     processes = max(options.num_processes or 1, 1)
     if options.use_deepspeed or training_args.deepspeed:
@@ -123,6 +128,7 @@ def engine_of(options: Namespace, training_args: Any) -> Engine:
 
 
 def _deepspeed(options: Namespace, training_args: Any, processes: int) -> Engine:
+    """Read the ZeRO stage and what is offloaded; accelerate's options fill what DeepSpeed's file leaves at "auto"."""
     given = training_args.deepspeed or options.deepspeed_config_file
     what = f"DeepSpeed's configuration {given if isinstance(given, str) else 'in the recipe'}"
     if isinstance(given, str):
@@ -146,14 +152,18 @@ def _deepspeed(options: Namespace, training_args: Any, processes: int) -> Engine
 
 
 def _object(found: Any, where: str) -> dict[str, Any]:
-    """A JSON object; null, and nothing, are an empty one."""
+    """Return a JSON object; null or a missing key is an empty object.
+
+    Raises:
+        ValueError: the value is something else.
+    """
     if not isinstance(found or {}, dict):
         raise ValueError(f"{where} must be an object {{...}}, got {found!r}.")
     return found or {}
 
 
 def _device_memory(plan_args: PlanArguments, training_args: Any) -> float | None:
-    """Bytes, where somebody or something says how many."""
+    """Return the memory of one device in bytes, or None if neither an option nor a GPU tells."""
     import torch
 
     if plan_args.device_memory is not None:
@@ -163,8 +173,8 @@ def _device_memory(plan_args: PlanArguments, training_args: Any) -> float | None
     return torch.cuda.get_device_properties(0).total_memory
 
 
-def show(run: Run, limit: float | None) -> None:
-    """The prediction, part by part."""
+def print_prediction(run: Run, limit: float | None) -> None:
+    """Print the memory of each part of the step, their sum, and whether it is within `limit` bytes."""
     kind = "half precision" if run.half else "float32"
     unit, name = unit_of(run)
     console.print(
@@ -183,9 +193,9 @@ def show(run: Run, limit: float | None) -> None:
     table.add_section()
     table.add_row("together", *(f"{totals(run)[moment] / unit:.2f}" for moment in moments))
     console.print(table)
-    console.print("~ is an estimate: formulas for usual decoders, what engines reserve, what allocators lose.")
+    console.print("~ marks estimates: formulas for usual decoders, buffers of engines, losses of allocators.")
     if limit is None:
-        verdict = "; compare it with that of a device: --device_memory 80"
+        verdict = "; give the memory of a device in GiB to compare: --device_memory 80"
     elif peak(run) <= limit:
         verdict = f" of {limit / unit:.2f} {name}: it fits"
     else:
@@ -194,12 +204,12 @@ def show(run: Run, limit: float | None) -> None:
 
 
 def unit_of(run: Run) -> tuple[int, str]:
-    """MiB where GiB would round all parts to nothing."""
+    """Return the unit for the table in bytes and its name: MiB for runs that need less than 1 GiB."""
     return (GIB, "GiB") if peak(run) >= GIB else (2**20, "MiB")
 
 
-def recommend(run: Run, limit: float) -> None:
-    """What to change, and what that saves."""
+def print_advice(run: Run, limit: float) -> None:
+    """Print the changes that save memory, in the order to make them, and what each saves."""
     unit, name = unit_of(run)
     table = Table("change, in this order", f"{name} saved alone", "peak with those above", box=None, pad_edge=False)
     for advice in advise(run, limit):

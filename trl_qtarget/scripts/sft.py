@@ -7,7 +7,7 @@
 # ///
 
 """
-Supervised fine-tuning towards a target distribution. `trl-qtarget sft` runs this under `accelerate launch`.
+Supervised fine-tuning towards a target distribution. `trl-qtarget sft` runs this module under `accelerate launch`.
 
 # Full training
 ```bash
@@ -25,7 +25,7 @@ trl-qtarget sft \
     --output_dir Qwen2.5-0.5B-Target-SFT
 ```
 
-# LoRA, with a loss that takes the base weights for its reference
+# LoRA, with a loss whose reference is the base model
 ```bash
 trl-qtarget sft \
     --model_name_or_path Qwen/Qwen2.5-0.5B \
@@ -63,13 +63,13 @@ PROG = "trl-qtarget sft"
 
 @dataclass
 class ConversationArguments(ScriptArguments):
-    """TRL's, and how columns of other names become a conversation."""
+    """TRL's `ScriptArguments`, and how columns with any names become a conversation."""
 
     dataset_conversation: dict[str, Any] | str | None = field(
         default=None,
         metadata={
-            "help": "Texts of user, assistant and, if wanted, system, with columns of the data in braces, e.g. "
-            '\'{"user": "{problem}", "assistant": "{solution}"}\'.'
+            "help": "Texts for the roles user, assistant and, optionally, system, with columns of the data in braces, "
+            'e.g. \'{"user": "{problem}", "assistant": "{solution}"}\'.'
         },
     )
 
@@ -85,7 +85,7 @@ class ConversationArguments(ScriptArguments):
 
 @dataclass
 class SFTScriptArguments(ConversationArguments):
-    """Also with an option that Transformers had until version 5."""
+    """`ConversationArguments`, and an option that `TrainingArguments` lacks since Transformers 5."""
 
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Train even though `output_dir` holds a finished model, and replace it."}
@@ -93,11 +93,12 @@ class SFTScriptArguments(ConversationArguments):
 
 
 def main(script_args, training_args, model_args, dataset_args) -> None:
+    """Make the trainer and train, with the arguments that the main function of TRL's script takes."""
     train(make_trainer(script_args, training_args, model_args, dataset_args), script_args, training_args)
 
 
 def make_trainer(script_args, training_args, model_args, dataset_args):
-    """As TRL's script makes its own."""
+    """Load the data and make the trainer, as TRL's script does for `SFTTrainer`."""
     from trl import get_peft_config, get_quantization_config
 
     from ..training.trainer import TargetSFTTrainer
@@ -121,13 +122,14 @@ def make_trainer(script_args, training_args, model_args, dataset_args):
 
 
 def train(trainer, script_args, training_args) -> None:
+    """Train, save the model, and push it to the Hub if asked to."""
     trainer.train(resume_from_checkpoint=checkpoint(training_args))
     trainer.save_model(training_args.output_dir)
     trainer.accelerator.print(f"Model saved to {training_args.output_dir}.")
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
         trainer.accelerator.print(f"Model pushed to https://huggingface.co/{trainer.hub_model_id}.")
-    if hasattr(trainer, "end"):  # Transformers 5.18: ends the trackers and the process group
+    if hasattr(trainer, "end"):  # since Transformers 5.18; ends the trackers and the process group
         trainer.end()
 
 
@@ -137,7 +139,12 @@ def make_parser(
     more: tuple[type, ...] = (),
     config: type | None = None,
 ) -> StrictParser:
-    """The options of a training recipe, and those of `more` dataclasses; `config` may stand for `TargetSFTConfig`."""
+    """Make the parser of a training recipe.
+
+    subparsers: TRL's sub-commands, of which this becomes one
+    more: dataclasses with further options
+    config: a subclass of `TargetSFTConfig` to use in its place
+    """
     from trl import DatasetMixtureConfig, ModelConfig, SFTConfig
 
     from ..training.config import TargetSFTConfig
@@ -152,23 +159,23 @@ def make_parser(
         launcher=make_launcher(),
         prog=prog or PROG,
         usage="%(prog)s [--config FILE] [--OPTION VALUE ...]",
-        epilog="Options of `accelerate launch` (see its --help) are options here too, in YAML as well, "
-        f"and --accelerate_config with a file or one of {', '.join(accelerate_configs())}.",
+        epilog="Options of `accelerate launch` (see its --help) can be given here and in the YAML file, as can "
+        f"--accelerate_config with a file or one of {', '.join(accelerate_configs())}.",
     )
     for action in parser._actions:
         if action.dest == "loss_type":
-            action.choices = None  # so that the configuration can say that it is --loss now
+            action.choices = None  # any value passes here: the configuration refuses it and names --loss
     parser.add_argument(
-        "--print_config", action="store_true", help="Show the settings and where each is from, and do nothing else."
+        "--print_config", action="store_true", help="Print each setting and where it comes from, and exit."
     )
-    theirs = {f.name for kind in (ScriptArguments, SFTConfig, ModelConfig, DatasetMixtureConfig) for f in fields(kind)}
-    parser.show_last("options of trl sft", theirs)
+    of_trl = {f.name for kind in (ScriptArguments, SFTConfig, ModelConfig, DatasetMixtureConfig) for f in fields(kind)}
+    parser.show_last("options of trl sft", of_trl)
     return parser
 
 
 def run() -> None:
-    """One process of the training. The user's mistakes are one sentence and exit code 2; a crash is a traceback."""
-    # of TRL's own default, which the user did not choose
+    """Run one process of the training; a mistake of the user is one line and exit code 2, a crash is a traceback."""
+    # a warning about TRL's own default, which the user did not choose
     warnings.filterwarnings("ignore", "`gradient_checkpointing` is deprecated", FutureWarning)
     parsed = make_parser().parse()
     script_args, training_args, *_ = parsed.values
