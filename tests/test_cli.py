@@ -25,7 +25,7 @@ CPU = {"use_cpu": True, "bf16": False, "report_to": "none"}
 
 @pytest.fixture
 def recipe(tmp_path, student_dir, teacher_dir, rows, monkeypatch):
-    """`recipe(**changes)` writes a YAML file that trains, but for the changes (None removes), and returns its name."""
+    """`recipe(**changes)` writes a YAML file of a training with the changes (None removes a key), and returns its name."""
     monkeypatch.chdir(tmp_path)
     Path("rows.jsonl").write_text("\n".join(map(json.dumps, rows(8))))
     settings = {
@@ -51,7 +51,7 @@ def recipe(tmp_path, student_dir, teacher_dir, rows, monkeypatch):
 
 @pytest.fixture
 def launched(monkeypatch):
-    """What would have been launched: (own words, accelerate's words)."""
+    """Launches are recorded, as (own words, accelerate's words), and not made."""
     calls = []
     monkeypatch.setattr(
         "trl_qtarget.options.launching.launch", lambda module, own, options, prog: calls.append((own, options)) or 0
@@ -75,7 +75,7 @@ def refused(launched, capsys):
     return run
 
 
-# What needs no torch
+# Commands that need no torch
 
 
 @pytest.mark.parametrize("words", [["--help"], ["losses"], ["losses", "eaft"], ["--version"]])
@@ -93,7 +93,7 @@ sys.exit('torch' in sys.modules)"""
 
 @pytest.fixture(scope="module")
 def completed(tmp_path_factory):
-    """`completed(*words)`: what bash offers for the last of the words after trl-qtarget."""
+    """`completed(*words)` returns the completions that bash offers for the last of the words after trl-qtarget."""
     file = tmp_path_factory.mktemp("completion") / "trl-qtarget"
     with file.open("w") as text, redirect_stdout(text):
         assert main(["completion", "bash"]) == 0
@@ -186,7 +186,7 @@ def test_unknown_loss(capsys):
     assert "Unknown loss 'dtf'. Did you mean 'dft'?" in capsys.readouterr().err
 
 
-# What goes to TRL
+# Commands of TRL
 
 
 @pytest.mark.parametrize(("ended", "code"), [(3, 3), (-9, 137)])
@@ -524,7 +524,7 @@ def test_mistakes_in_accelerates_options(ends, capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "ended"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_to_the_launcher_ends_its_children(ends, tmp_path, number, ended):
-    """In a process of its own, as the signal goes to the launcher alone and not to the script."""
+    """The launcher runs in its own process and session, so that the signal reaches it and not the script."""
     (tmp_path / "tiny_script.py").write_text(
         "import os, time\nopen('pid.part', 'w').write(str(os.getpid()))\nos.rename('pid.part', 'pid')\ntime.sleep(99)"
     )
@@ -560,7 +560,7 @@ def test_ranks_do_not_repeat_a_mistake(monkeypatch, capsys):
 
 @pytest.fixture
 def train(recipe, monkeypatch, capfd):
-    """`train(*words, **changes)` runs `sft`, really; returns its exit code and what was printed."""
+    """`train(*words, **changes)` runs `sft` to its end; returns its exit code and its output."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
 
     def run(*words, **changes):

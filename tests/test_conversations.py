@@ -1,4 +1,4 @@
-"""`dataset_conversation`: what it writes, and what it says when it cannot."""
+"""`dataset_conversation`: the conversations that it writes, and its messages when it cannot."""
 
 import pytest
 from datasets import Dataset

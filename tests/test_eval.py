@@ -462,7 +462,7 @@ def test_mistakes_in_the_settings(tmp_path, capsys, words, yaml, said):
 
 
 def with_mistake(kind: str, folder: str, dataset: str, tmp_path: Path) -> tuple[list[str], str]:
-    """Settings with one mistake, and what is said of it."""
+    """Settings with one mistake, and the message that reports it."""
     empty = tmp_path / "run"
     (empty / "checkpoint-20").mkdir(parents=True)
     (empty / "checkpoint-20" / "config.json").write_text("{}")

@@ -1,4 +1,4 @@
-"""What recipes/accelerate holds: profiles that accelerate understands and launches, and a Slurm script."""
+"""The files of recipes/accelerate: profiles that accelerate understands and launches, and a Slurm script."""
 
 import json
 import os
@@ -56,7 +56,7 @@ def free_port() -> str:
 
 @pytest.mark.parametrize("name", PROFILES)
 def test_profile_is_understood(name):
-    """By accelerate's own loader, which refuses unknown keys, and with nothing of it lost on the way."""
+    """Accelerate's own loader, which refuses unknown keys, reads every key of the profile."""
     from accelerate.commands.config.config_args import load_config_from_file
     from accelerate.commands.launch import _validate_launch_command
 
@@ -81,7 +81,7 @@ def test_every_profile_is_one_that_the_tests_know():
 
 
 def test_nodes_differ_in_their_number_alone():
-    """What multi_node.yaml adds to zero3.yaml are the keys that it tells to add."""
+    """multi_node.yaml is zero3.yaml and the four keys that its comment lists."""
     one, many = (yaml.safe_load((FOLDER / f"{name}.yaml").read_text()) for name in ("zero3", "multi_node"))
     assert {key for key in many if many[key] != one.get(key)} == {
         "num_machines", "num_processes", "main_process_ip", "main_process_port",
@@ -93,7 +93,7 @@ def test_nodes_differ_in_their_number_alone():
 
 @pytest.fixture
 def train(recipe, capfd):
-    """`train(*words)` runs `sft`, really; returns loss and gradient norm of its steps."""
+    """`train(*words)` runs `sft` to its end; returns loss and gradient norm of its steps."""
 
     def run(*words):
         code = main(["sft", "--config", recipe, "--overwrite_output_dir", *words])
@@ -145,7 +145,7 @@ def test_two_nodes_meet(recipe, train):
 
 @pytest.fixture
 def slurm(tmp_path, monkeypatch):
-    """`slurm(*words)` runs the script beside commands that only pretend; returns what each node was told to run."""
+    """`slurm(*words)` runs the script with stand-ins for Slurm's commands; returns the command line of each node."""
     folder = tmp_path / "bin"
     folder.mkdir()
     commands = {
@@ -194,7 +194,7 @@ def test_slurm_needs_an_output_folder(slurm):
     assert "the output folder comes first" in stop.value.stderr
 
 
-# What the page says
+# The page
 
 
 def test_the_tables_of_costs_are_those_of_the_formulas():

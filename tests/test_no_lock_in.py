@@ -1,4 +1,4 @@
-"""What a run leaves behind is for plain transformers and plain TRL, where trl_qtarget cannot even be imported."""
+"""Plain transformers and plain TRL go on with the output of a run where trl_qtarget cannot be imported."""
 
 import json
 import os
@@ -50,7 +50,7 @@ def alone(tmp_path, monkeypatch):
 
 
 def train(student_dir, rows, lora):
-    """A model's folder, of full training or of a merged adapter."""
+    """Train fully, or train an adapter and merge it; return the model's folder."""
     from datasets import Dataset
     from peft import LoraConfig
 

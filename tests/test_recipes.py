@@ -12,7 +12,7 @@ from trl_qtarget.scripts.sft import make_parser, make_trainer
 
 
 ROOT = Path(trl_qtarget.__file__).parents[1]
-# What other commands read: accelerate's settings, and recipes of several stages or of an evaluation.
+# Files for other commands than sft.
 OTHERS = ("chain", "eval")
 RECIPES = sorted(
     file
@@ -81,9 +81,9 @@ def kind(settings: dict) -> str:
     [pytest.param(file, id=name(file), marks=[] if name(file) in SAMPLE else pytest.mark.slow) for file in RECIPES],
 )
 def test_two_steps(file, tmp_path, student_dir, teacher_dir):
-    """The recipe as it is, but for model, teacher and data, whose columns are kept; where it runs (CPU, float32,
-    two steps, no tracker, `output_dir`); the end of a turn, since the stand-in has one of its own; and the cache of
-    a teacher, which tests/test_cache.py fills.
+    """The recipe trains for two steps on the CPU, with a tiny model, a tiny teacher, and data that has its columns.
+
+    The end of a turn is the stand-in's, and a teacher cache is left out: tests/test_cache.py covers it.
     """
     settings = yaml.safe_load(file.read_text())
     (tmp_path / "data").mkdir()

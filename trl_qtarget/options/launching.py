@@ -61,8 +61,8 @@ def launch(module: str, own: list[str], options: list[str], prog: str) -> int:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    # by the name of the module: run by its path, the script would put scripts/ first on sys.path, where its files
-    # shadow modules of the same names
+    # --module: a script that is run by its path puts its folder first on sys.path, where its neighbours shadow modules
+    # of the same names
     args = make_launcher().parse_args([*options, "--module", module, *own])
     logging.getLogger(accelerate.__name__).addFilter(_is_news)
     try:
@@ -77,7 +77,7 @@ def launch(module: str, own: list[str], options: list[str], prog: str) -> int:
         code = 128 + signal.SIGINT
     except SignalException as ended:
         code = 128 + ended.sigval
-    except (ValueError, FileNotFoundError) as mistake:  # about accelerate's own options: the module runs elsewhere
+    except (ValueError, FileNotFoundError) as mistake:  # about accelerate's options: the module runs in a child
         fail(prog, mistake)
     return code if code >= 0 else 128 - code
 

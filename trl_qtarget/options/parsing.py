@@ -106,7 +106,7 @@ class StrictParser(TrlParser):
         self._check_words(launch, left)
         try:
             *values, rest, _ = self.parse_args_into_dataclasses(args, True, look_for_args_file=False)
-        except ValueError as mistake:  # of a dataclass's __post_init__
+        except ValueError as mistake:  # raised by the __post_init__ of a dataclass
             self.error(str(mistake))
         return Parsed(tuple(values), rest, sources, _without(args, left), [*launch, *left])
 

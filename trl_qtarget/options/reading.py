@@ -17,7 +17,7 @@ import yaml
 
 
 TAKES_BOOL = ("resume_from_checkpoint", "fsdp")  # Transformers also takes booleans here, which its types do not say
-MEANT = {  # current names of options whose old or short names are too different for a spelling correction
+CURRENT_NAMES = {  # of options whose old or short names are too different for difflib
     "torch_dtype": "dtype",
     "dataset_mixture": "datasets",
     "no_cuda": "use_cpu",
@@ -37,7 +37,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
     # of the spellings of an option the first, which has underscores
     bare = {name.lstrip("-").replace("-", "_"): name for name in reversed(list(known))}
     word = word.lstrip("-").replace("-", "_")
-    guess = [MEANT[word]] if MEANT.get(word) in bare else difflib.get_close_matches(word, bare, n=1)
+    guess = [CURRENT_NAMES[word]] if CURRENT_NAMES.get(word) in bare else difflib.get_close_matches(word, bare, n=1)
     guess = ["loss"] if guess == ["loss_type"] and "loss" in bare else guess  # TRL's option for its own losses
     return f" (did you mean {bare[guess[0]]!r}?)" if guess else ""
 

@@ -35,7 +35,7 @@ MANIFEST = "manifest.json"  # equals cache.shards.MANIFEST; that module loads nu
 
 @dataclass
 class CacheArguments:
-    """What is kept of the teacher's distributions, and how they are computed."""
+    """The options of the scoring: how much of each distribution is kept, and how the work is cut."""
 
     top_k: int = field(default=64, metadata={"help": "Number of ids kept of each label's distribution."})
     cache_dtype: str = field(

@@ -76,7 +76,7 @@ def mistakes(script_args, training_args, model_args, dataset_args, plan_args) ->
 
 
 def missing_cache(training_args: TargetSFTConfig) -> str | None:
-    """Return the name of a teacher cache that is not on this machine yet; `sft` refuses it, a plan does not."""
+    """Return the name of a teacher cache that is not on this machine; a plan accepts it, as it can be made later."""
     name = training_args.teacher_cache
     return None if name is None or Path(name).is_dir() else name
 
@@ -195,7 +195,7 @@ def print_prediction(run: Run, limit: float | None) -> None:
     console.print(table)
     console.print("~ marks estimates: formulas for usual decoders, buffers of engines, losses of allocators.")
     if limit is None:
-        verdict = "; give the memory of a device in GiB to compare: --device_memory 80"
+        verdict = "; to compare, pass the GiB of a device: --device_memory 80"
     elif peak(run) <= limit:
         verdict = f" of {limit / unit:.2f} {name}: it fits"
     else:
