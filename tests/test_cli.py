@@ -25,7 +25,7 @@ CPU = {"use_cpu": True, "bf16": False, "report_to": "none"}
 
 @pytest.fixture
 def recipe(tmp_path, student_dir, teacher_dir, rows, monkeypatch):
-    """`recipe(**changes)` writes a YAML file of a training with the changes (None removes a key), and returns its name."""
+    """`recipe(**changes)` writes the YAML file of a training with changes (None removes a key); returns its name."""
     monkeypatch.chdir(tmp_path)
     Path("rows.jsonl").write_text("\n".join(map(json.dumps, rows(8))))
     settings = {
