@@ -1,12 +1,13 @@
-"""Does the target chosen for SFT leave a better start for what comes after it? The tiny model of recipes/quickstart.
+"""Does the loss chosen for SFT leave a better start for GRPO and DPO? On the tiny model of recipes/quickstart.
 
     python -m benchmarks.chains                    # make chains: both recipes, about an hour on one core
     python -m benchmarks.chains --methods grpo     # goes on where it was interrupted
 
-The chains of recipes/sft-then-grpo and recipes/sft-then-dpo, with each loss first and with no SFT at all. All starts
-get the same updates; what follows SFT has the learning rate that was best for its start in Average@16 on validation
-problems and a draw of the demonstrations that the comparison does not use. Every draw of the comparison redraws
-demonstrations and practice problems. The chains run as `trl-qtarget chain` runs them, in one process for all stages.
+The chains of recipes/sft-then-grpo and recipes/sft-then-dpo run with each loss first and with no SFT at all. All
+starts get the same number of updates. GRPO and DPO have the learning rate that was best for their start in Average@16,
+on validation problems and a draw of the demonstrations that the comparison does not use. Every draw of the comparison
+redraws demonstrations and practice problems. The chains run as `trl-qtarget chain` runs them, all stages in one
+process.
 """
 
 from __future__ import annotations
@@ -93,7 +94,7 @@ def _stages(recipe: list[Row], method: str, start: str, rates: tuple[float, ...]
 
 
 def run_chain(file: Path) -> None:
-    """`trl-qtarget chain`, but for stages that run in this process: loading TRL takes as long as most of them."""
+    """Run `trl-qtarget chain` with its stages in this process, since loading TRL takes as long as most stages."""
     from trl_qtarget.chain import execute
     from trl_qtarget.cli.main import main
 
@@ -125,7 +126,7 @@ def scores(folder: Path, draw: int, method: str) -> dict[str, Row]:
 
 
 def before_and_after(found: dict[str, Row], method: str, start: str, rate: float) -> Row:
-    """The scores of a start and of what became of it."""
+    """The scores of a start before and after GRPO or DPO."""
     results = {
         "before": found["none" if start == "none" else f"sft-{start}"],
         "after": found[f"{method}-{start}-{rate:g}"],
@@ -154,7 +155,7 @@ def choose(method: str, folder: Path) -> tuple[dict[str, float], list[Row]]:
 
 
 def compare(method: str, best: dict[str, float], folder: Path) -> tuple[list[Row], list[Row]]:
-    """Scores of each start before what follows SFT and after it, and the curves, draw by draw."""
+    """Scores of each start before and after GRPO or DPO, and the curves, draw by draw."""
     from trl_qtarget.chain.execute import history
 
     rows, curves = [], []
@@ -242,7 +243,7 @@ def draw_curves(method: str, curves: list[Row], target: Path) -> None:
 
 
 def main() -> None:
-    """One method after the other; what is there is not done again."""
+    """Compare one method after the other; finished stages are not run again."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("runs/chains"), help="default: runs/chains")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="default: both")

@@ -1,4 +1,4 @@
-"""Who takes part in `benchmarks.kernel`: each is a loss of hidden states and head, called forward and backward.
+"""The contestants of `benchmarks.kernel`: losses of hidden states and head, called forward and backward.
 
 `CONTESTANTS[name](problem)` returns a function without arguments that leaves the gradients of `problem.hidden` and
 `problem.weight` in their `.grad`, or raises ImportError with the reason why it cannot run here.
@@ -47,7 +47,7 @@ class Problem:
         return problem
 
     def teacher_logits(self, teacher: str | None, logits: Tensor) -> Tensor | None:  # (n, V) float64
-        """What the teacher says of every column; a sparse one has the student's shape outside its ids."""
+        """The teacher's logits of every column; a sparse teacher has the student's shape outside its ids."""
         if teacher is None:
             return None
         if teacher == "dense":
@@ -128,7 +128,7 @@ def cce(p: Problem) -> Callable[[], None]:
 
 
 def products(with_teacher: bool) -> Callable[[Problem], Callable[[], None]]:
-    """The floor: the matrix products alone, three or four, into memory that is already there."""
+    """The floor: the matrix products alone, three or four, into memory that is already allocated."""
 
     def prepare(p: Problem) -> Callable[[], None]:
         hidden, weight = p.hidden.detach(), p.weight.detach()

@@ -1,13 +1,14 @@
-"""How many rows of a batch could skip work: their gradient is under rounding, or the target leaves the teacher no say.
+"""Count the rows of a batch that could skip work: their gradient is below rounding, or their teacher has no weight.
 
     python -m benchmarks.idle_rows --model recipes/quickstart/student --trained runs/quickstart/target_sft-0 \\
-        --teacher recipes/quickstart/teacher --data runs/quickstart/data-0.jsonl
+        --teacher recipes/quickstart/teacher --data runs/quickstart/data-0/train.jsonl
 
-Of every labelled token of some batches, before and after training: s * ||p - Q||_1, which is the L1 norm of its
-gradient in the logits, and w_r = s * (1 - gamma), what the residual gets. Below a tolerance the two backward products
-of a row, or its teacher logits, could be left out; the error of a row's gradient is then at most the tolerance, or
-twice it, in L1. Printed are shares of rows, and what leaving them out could save of the head at best: two of the three
-products of a loss of label trust, or one of four with a dense teacher.
+Two numbers are measured for every labelled token of some batches, before and after training: s * ||p - Q||_1, the L1
+norm of its gradient in the logits, and w_r = s * (1 - gamma), the weight of the residual. Where the first is below a
+tolerance, the two backward products of the row could be left out; where the second is, its teacher logits. The error
+of the row's gradient is then at most the tolerance, or twice the tolerance, in L1. The table shows shares of rows, and
+the largest share of the head that leaving them out could save: two of the three products of a loss of label trust, or
+one of four with a dense teacher.
 """
 
 from __future__ import annotations

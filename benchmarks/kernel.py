@@ -1,11 +1,11 @@
-"""Time and memory of the fused loss beside others', and beside the matrix products that nobody can avoid.
+"""Time and memory of the fused loss beside other losses, and beside the matrix products that no loss can avoid.
 
     python -m benchmarks.kernel                # everything in benchmarks/README.md: the table, the curves, the figure
     python -m benchmarks.kernel --tokens 256 --vocab 32768 --only dft "TRL nll"
 
-Contestants take turns, so that a slow spell of the machine falls on all; what is printed are medians of the ratios
-within a turn. Memory is the peak of a process of its own, above its inputs. No contestant is timed whose gradient is
-not the specified one. Results go to benchmarks/results/ as CSV, with hardware, versions and commit.
+Contestants take turns, so that a slow spell of the machine falls on all; the tables show medians of the ratios within
+a turn. Memory is the peak of a separate process, above its inputs. A contestant whose gradient is not that of the
+specification is not timed. Results go to benchmarks/results/ as CSV, with hardware, versions and commit.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Series:
 
 
 def whole(names: list[str], turns: int, gpu: bool) -> list[Series]:
-    """What the README shows: sizes that end in some minutes on two cores, and on one GPU."""
+    """The series of benchmarks/README.md, in sizes that take some minutes on two cores or on one GPU."""
     growing = [name for name in GROWING if name in names]
     compared = [name for name in names if name in GROWING or name.endswith("products")]
     V = 151_936 if gpu else 147_456
@@ -70,11 +70,11 @@ def whole(names: list[str], turns: int, gpu: bool) -> list[Series]:
 
 
 def gate(name: str, args: argparse.Namespace) -> str | None:
-    """Why a contestant is not timed: it cannot run here, or its gradient is wrong. None if it may run."""
+    """Return why a contestant is not timed: it cannot run here, or its gradient is wrong. None if it may be timed."""
     p = Problem.draw(48, 2048, 64, 96, DTYPES[args.dtype], args.device)
     try:
         CONTESTANTS[name](p)()
-    except Exception as reason:  # whatever keeps somebody else's kernel from running here
+    except Exception as reason:  # another package's kernel may fail here in any way
         return f"{type(reason).__name__}: {reason}"
     if name not in EXPECTED:
         return None
@@ -117,7 +117,7 @@ def times(names: list[str], n: int, V: int, turns: int, args: argparse.Namespace
 
 
 def peak(name: str, n: int, V: int, args: argparse.Namespace) -> int:
-    """MiB above the inputs, in a process of its own."""
+    """MiB above the inputs, measured in a separate process."""
     words = ["--measure", name, "--tokens", str(n), "--vocab", str(V), "--device", args.device, "--dtype", args.dtype]
     widths = ["--width", str(args.width), "--teacher_width", str(args.teacher_width)]
     run = subprocess.run(
@@ -141,7 +141,7 @@ def measure_peak(name: str, n: int, V: int, args: argparse.Namespace) -> float:
 
 
 def ratio(seconds: dict[str, list[float]], name: str, base: str) -> float | str:
-    """Median over the turns, or nothing where one of the two did not run."""
+    """Median over the turns, or an empty text where one of the two did not run."""
     if not seconds.get(name) or not seconds.get(base):
         return ""
     return round(statistics.median(a / b for a, b in zip(seconds[name], seconds[base], strict=True)), 3)
@@ -209,7 +209,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for series in chosen:
         rows += [row for V in series.vocab for n in series.tokens for row in compare(series, n, V, args)]
-        if not args.tokens:  # as it goes, so that an interrupted run has not been for nothing
+        if not args.tokens:  # after each series, so that an interrupted run keeps its results
             path = save(f"kernel_{args.device}", rows, facts)
     if not args.tokens:
         console.print(f"Written to {path} and {plot.growth(path)}.")

@@ -1,4 +1,4 @@
-"""What every benchmark says of the machine it ran on, and how it reads the memory of a process."""
+"""The facts that every benchmark records of its machine, and the memory of a process."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's mallopt
 
 
 def keep_freed_memory() -> None:
-    """Let glibc reuse what is freed instead of handing it back, as the allocators of GPUs do.
+    """Let glibc reuse freed memory instead of handing it back to the system, as the allocators of GPUs do.
 
-    Otherwise every contestant pays for the pages of its results, and now more and now less: on a shared machine that
-    is as much as a matrix product.
+    Otherwise every contestant pays for fresh pages, now more and now less: on a shared machine they may cost as much
+    as a matrix product.
     """
     if sys.platform == "linux":
         libc = ctypes.CDLL(None)

@@ -1,12 +1,12 @@
-"""What `trl-qtarget plan` predicts beside what training takes.
+"""The memory that `trl-qtarget plan` predicts, beside the memory that training takes.
 
     python -m benchmarks.memory                    # every setting of SETTINGS, each in a process of its own
     python -m benchmarks.memory --only dft asft
 
 A recipe is read as `trl-qtarget sft` reads it, predicted from its configurations, and trained for three steps on the
-CPU. Measured is resident memory in the last of them: its peak until the loss is there, and its peak in the backward
-pass, above what the process held once it had trained a tiny model in the same way. glibc hands freed memory back at
-once. Models are random, with heads large enough for the parts that the prediction calls exact to dominate.
+CPU. In the last step resident memory is measured: its peak until the loss is computed, and its peak in the backward
+pass, above the memory of the process after it had trained a tiny model in the same way. glibc hands freed memory back
+at once. Models are random, with heads so large that the parts which the prediction calls exact dominate.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What an offline teacher costs, and what it leaves out, on a real model.
+"""Cost and accuracy of an offline teacher on a real model.
 
     python recipes/smollm2-135m/prepare.py
     python -m benchmarks.teacher
@@ -43,7 +43,7 @@ ETA = 0.5
 
 
 def fill(args: argparse.Namespace) -> None:
-    """Make the cache with the command, in a process of its own; what is there stays."""
+    """Make the cache with `trl-qtarget cache` in a separate process; rows that are cached already stay."""
     words = [
         "--model_name_or_path", args.model, "--teacher_model_name_or_path", args.model, "--teacher_cache", args.cache,
         "--dataset_name", args.data.parent / "teacher-data", "--max_length", 512, "--top_k", args.k,

@@ -4,8 +4,8 @@
     python -m benchmarks.train
 
 A step is forward, backward and AdamW. Trainers take turns on the same batch, so that a slow spell of the machine falls
-on all; printed are medians of the ratios within a turn. Peak memory is that of a process of its own, above what it
-holds before its first step (weights, data, teacher).
+on all; the table shows medians of the ratios within a turn. Peak memory is that of a separate process, above the
+memory that it holds before its first step (weights, data, teacher).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from rich.table import Table
 
 from benchmarks.kernel import console
 from benchmarks.machine import forget_peak, provenance, resident, save
-from trl_qtarget.model import forward as head
+from trl_qtarget.training import scorer
 
 
 ROOT = Path("runs/smollm2-135m")
@@ -130,10 +130,10 @@ def collated(trainer: Any) -> Iterator[dict]:
 
 
 class HeadClock:
-    """Seconds spent in `qtarget_loss`, which holds all of the head: its backward pass is one multiplication."""
+    """Measures the seconds in `qtarget_loss`, which does the head's work: its backward pass is one multiplication."""
 
     def __init__(self) -> None:
-        self.seconds, self.loss, head.qtarget_loss = 0.0, head.qtarget_loss, self
+        self.seconds, self.loss, scorer.qtarget_loss = 0.0, scorer.qtarget_loss, self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         start = time.perf_counter()

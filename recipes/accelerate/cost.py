@@ -1,4 +1,4 @@
-"""What a step costs as devices are added: memory as `trl-qtarget plan` counts it, the rest by README.md's formulas.
+"""Cost of a step as devices are added: memory as `trl-qtarget plan` counts it, the rest by the formulas of README.md.
 
 Writes the tables of README.md. Nothing here is measured.
 """
@@ -56,7 +56,7 @@ def traffic(devices: int, engine: str, teacher: bool) -> float:
 
 
 def run(devices: int, engine: str, teacher: bool) -> Run:
-    """What `trl-qtarget plan` would make of such a recipe."""
+    """The run that `trl-qtarget plan` would count for such a recipe."""
     within = Teacher(TEACHER, 2 * TEACHER.parameters, itemsize=2) if teacher else None
     return Run(
         STUDENT, ROWS, ROW_TOKENS, Engine(ENGINES[engine], devices), micro_batches(devices), teacher=within,
@@ -65,7 +65,7 @@ def run(devices: int, engine: str, teacher: bool) -> Run:
 
 
 def seconds(devices: int, engine: str, teacher: bool) -> tuple[float, float]:
-    """Of a step: spent on products, and on sending."""
+    """Seconds that a step spends on matrix products, and on sending."""
     flops = 8 * STUDENT.parameters + (2 * TEACHER.parameters if teacher else 0)
     rate = NODE if devices <= 8 else NETWORK
     return flops * TOKENS / devices / SPEED, traffic(devices, engine, teacher) / rate

