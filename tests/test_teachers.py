@@ -15,8 +15,10 @@ from transformers import AutoModelForCausalLM
 from trl_qtarget import TargetSFTConfig, TargetSFTTrainer, build
 from trl_qtarget.compat import shards_weights
 from trl_qtarget.loss.teacher import ProjectedLogits
-from trl_qtarget.teachers.models import AdaptersOff, Average, FrozenModel, OtherAdapter, within_student
+from trl_qtarget.teachers.models import AdaptersOff, FrozenModel, OtherAdapter
 from trl_qtarget.teachers.placement import OnHost, read_in_parts
+from trl_qtarget.teachers.remembered import Average
+from trl_qtarget.training.second_model import Choice, within_student
 
 
 LORA = {"r": 4, "target_modules": ["q_proj", "v_proj"], "lora_dropout": 0.0}
@@ -213,7 +215,7 @@ def test_checkpoints_without_an_average_are_noticed(train, tmp_path):
 
 def test_an_average_and_a_teacher_are_one_too_many(train, teacher_dir, tiny_model):
     for given in ({"teacher_model_name_or_path": teacher_dir}, {"teacher": tiny_model()}):
-        with pytest.raises(ValueError, match="student its own teacher, and another is given"):
+        with pytest.raises(ValueError, match="student its own teacher, and another teacher is given"):
             train(teacher_ema_decay=0.9, go=False, **given)
     with pytest.raises(ValueError, match="must lie between 0 and 1"):
         train(teacher_ema_decay=1.0, go=False)
@@ -231,7 +233,15 @@ def test_copies_of_sharded_weights_are_refused(state):
     accelerator = SimpleNamespace(state=SimpleNamespace(**state))
     for loss, decay in (("psft", None), ("target_sft", 0.9)):
         with pytest.raises(ValueError, match="shards them"):
-            within_student(None, None, build(loss), SimpleNamespace(teacher_ema_decay=decay), accelerator)
+            within_student(
+                Choice([], needed=True),
+                SimpleNamespace(
+                    model=None,
+                    target=build(loss),
+                    args=SimpleNamespace(teacher_ema_decay=decay),
+                    accelerator=accelerator,
+                ),
+            )
     assert not shards_weights(SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=2))))
 
 
@@ -291,7 +301,7 @@ def test_ranks_that_share_weights_read_equally_often():
 
 
 def test_a_teacher_hands_over_hidden_states_and_never_logits(train, teacher_dir):
-    trainer = train(teacher_model_name_or_path=teacher_dir, go=False)
+    trainer = train(teacher_model_name_or_path=teacher_dir, qtarget_self_check=False, go=False)
     seen = []
     backbone, head = trainer._teacher.model.model, trainer._teacher.model.lm_head
     head.register_forward_hook(lambda *_: pytest.fail("logits of the teacher were made"))
@@ -345,7 +355,7 @@ def test_what_an_offloaded_teacher_said_outlives_its_weights(train, teacher_dir)
 def test_an_offloaded_teacher_trains_to_the_same_numbers(train, teacher_dir, monkeypatch):
     """No second device is here: past the refusal of that, copies are fetched, and dropped after each read."""
     whole = train(teacher_model_name_or_path=teacher_dir)
-    monkeypatch.setattr("trl_qtarget.training.trainer.refuse_placement", lambda *_: None)
+    monkeypatch.setattr("trl_qtarget.training.second_model.refuse_placement", lambda *_: None)
     monkeypatch.setattr(
         "trl_qtarget.teachers.models.OnHost", lambda model, device: OnHost(model, device, lambda x, _: x.clone())
     )
@@ -355,13 +365,13 @@ def test_an_offloaded_teacher_trains_to_the_same_numbers(train, teacher_dir, mon
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"teacher_offload": True}, "this run is there"),
+        ({"teacher_offload": True}, "this run is on the CPU"),
         ({"loss": "dft", "teacher_offload": True}, "loss 'dft' has none"),
         ({"loss": "dft", "teacher_batch_size": 2}, "loss 'dft' has none"),
         ({"teacher_cache": "somewhere", "teacher_batch_size": 2}, "teacher_cache stands for it"),
         ({"teacher_batch_size": 0}, "at least 1 row"),
-        ({"teacher_batch_size": 2, "packing": True}, "joins those of a micro-batch into one"),
-        ({"teacher_batch_size": 2, "padding_free": True}, "joins those of a micro-batch into one"),
+        ({"teacher_batch_size": 2, "packing": True}, "joins the rows of a micro-batch into one"),
+        ({"teacher_batch_size": 2, "padding_free": True}, "joins the rows of a micro-batch into one"),
     ],
 )
 def test_placements_that_cannot_be(train, teacher_dir, options, said):
@@ -377,7 +387,10 @@ def test_weights_that_are_the_students_or_shared_out_are_not_offloaded(tiny_mode
     whole = SimpleNamespace(state=SimpleNamespace())
     args = SimpleNamespace(teacher_ema_decay=0.9, teacher_offload=True)
     with pytest.raises(ValueError, match="this one has the student's"):
-        within_student(None, None, build("target_sft"), args, whole)
+        within_student(
+            Choice([], needed=True),
+            SimpleNamespace(model=None, target=build("target_sft"), args=args, accelerator=whole),
+        )
 
 
 # What is told of a teacher

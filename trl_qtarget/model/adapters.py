@@ -25,8 +25,21 @@ def base_model(model: Any) -> PreTrainedModel:
     return model.get_base_model() if is_peft_model(model) else model
 
 
-def adapts_head(config: Any, names: Iterable[str] = ("lm_head",)) -> bool:
-    """Whether an adapter of this configuration changes the output head, which is called one of `names`."""
+EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings")  # what architectures call their embedding
+
+
+def ties_head(model: Any) -> bool:
+    """Whether embedding and head of a model share one matrix."""
+    return bool(base_model(model).config.get_text_config().tie_word_embeddings)
+
+
+def adapts_head(config: Any, names: Iterable[str] = ("lm_head",), tied: bool = False) -> bool:
+    """Whether an adapter of this configuration changes the output head, which is called one of `names`.
+
+    With tied embeddings (`tied`) PEFT's `ensure_weight_tying` puts the embedding's adapter on the head as well.
+    """
+    embedding = EMBEDDINGS if tied and getattr(config, "ensure_weight_tying", False) else ()
+    names = (*names, *embedding)
     from peft.tuners.tuners_utils import check_target_module_exists
 
     modules, parameters = (getattr(config, f"target_{kind}", None) or () for kind in ("modules", "parameters"))
@@ -45,3 +58,24 @@ def adapters_of(model: Any) -> list[Any]:
 def has_virtual_tokens(model: Any) -> bool:
     """Whether an adapter puts virtual tokens before those of the data, as prompt tuning does."""
     return any(config.is_prompt_learning for config in adapters_of(model))
+
+
+REWRITE_BASE = ("pissa", "olora", "corda", "loftq")  # values of init_lora_weights that change the base weights
+NEW_LORA = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
+
+
+def base_is_initial(student: Any, peft_config: Any) -> bool:
+    """Whether the base weights of a student with adapters are the student before training.
+
+    They are not if the student arrives with a trained adapter, or if the adapter's initialisation rewrites the base
+    weights, as PiSSA does.
+    """
+    if peft_config is not None:
+        return not str(getattr(peft_config, "init_lora_weights", "")).lower().startswith(REWRITE_BASE)
+    if not adapters_of(student):
+        return True
+    trained = {name: p for name, p in student.named_parameters() if p.requires_grad}
+    if not trained:  # loaded for inference: the trainer will refuse it
+        return False
+    is_lora = all(any(f".{part}" in name for part in NEW_LORA) for name in trained)
+    return is_lora and not any(p.any() for name, p in trained.items() if "lora_B" in name or "embedding_B" in name)

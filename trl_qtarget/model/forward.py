@@ -30,19 +30,25 @@ from ..loss.teacher import ProjectedLogits
 from .head import read_head
 
 
+EXPERTS = ("num_experts", "num_local_experts", "moe_num_experts", "n_routed_experts")  # names in configurations
+CHOSEN = ("num_experts_per_tok", "moe_k", "moe_topk")
+
 Reader = Callable[[Tensor, Tensor, Head, Tensor | None], Any]  # hidden (B, T, D), labels (B, T), head, aux_loss
 
 
 def install(model: PreTrainedModel) -> None:
     """Give `model` the forward of this module. Call it on the base model of a PEFT model, before any wrapping."""
-    own_forward = model.forward
     backbone(model)  # a model without one is refused here and not in the first step
+    # kept on the model, where `copy.deepcopy` binds it to the copy; a closure would run the original's weights
+    before: Any = model.__dict__.get("forward")
+    model._forward_before_qtarget = before
 
     # transformers reads the signature to decide which inputs a model accepts, so it stays the original's
     @functools.wraps(type(model).forward)
     def forward(self, *args, qtarget: Reader | None = None, **kwargs):
         if qtarget is None:
-            return own_forward(*args, **kwargs)
+            before = self._forward_before_qtarget
+            return type(self).forward(self, *args, **kwargs) if before is None else before(*args, **kwargs)
         given = {name: kwargs.pop(name, None) for name in ("labels", "shift_labels")}
         kwargs.pop("num_items_in_batch", None)
         outputs = backbone(self)(*args, **kwargs)
@@ -60,13 +66,24 @@ def _call(reader: Reader, *given: Any) -> Any:
     return reader(*given)
 
 
-def _aux_loss(model: PreTrainedModel, outputs: Any, kwargs: dict) -> Tensor | None:
-    """The load-balancing loss of a mixture of experts, if the caller asked for router logits."""
-    if not kwargs.get("output_router_logits"):
+def _aux_loss(model: Any, outputs: Any, kwargs: dict) -> Tensor | None:
+    """The load-balancing loss of a mixture of experts, if the caller asked for router logits.
+
+    None where no layer has experts, as in the dense members of such families: there is nothing to balance.
+    """
+    routed = [x for x in getattr(outputs, "router_logits", None) or () if x is not None]
+    if not kwargs.get("output_router_logits") or not routed:
         return None
     config = model.config.get_text_config()
-    experts = getattr(config, "num_experts", None) or config.num_local_experts
-    return balancing_loss(outputs.router_logits, experts, config.num_experts_per_tok, kwargs.get("attention_mask"))
+    experts, chosen = (
+        next((value for name in names if (value := getattr(config, name, None))), None) for names in (EXPERTS, CHOSEN)
+    )
+    if experts is None or chosen is None:
+        raise ValueError(
+            f"{type(model).__name__} has experts, and its configuration names neither their number nor how many a "
+            "token uses: set router_aux_loss_coef to 0, or train it with TRL's SFTTrainer."
+        )
+    return balancing_loss(tuple(routed), experts, chosen, kwargs.get("attention_mask"))
 
 
 @torch.no_grad()

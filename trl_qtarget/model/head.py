@@ -69,5 +69,10 @@ def gathered(*parameters: Any) -> contextlib.AbstractContextManager:
 
 def dense_logits(hidden: Tensor, head: Head) -> Tensor:  # (n, D) -> (n, V)
     """The logits themselves in float32, for a few tokens: the checks of the first step compare with them."""
-    logits = torch.nn.functional.linear(hidden.to(head.weight.dtype), head.weight, head.bias).float() * head.scale
+    return logits_of(torch.nn.functional.linear(hidden.to(head.weight.dtype), head.weight, head.bias).float(), head)
+
+
+def logits_of(z: Tensor, head: Head) -> Tensor:
+    """Scale and softcap of the head on `z = h W^T + b`."""
+    logits = z * head.scale
     return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)

@@ -9,20 +9,26 @@ from accelerate.utils import is_peft_model
 from transformers import PreTrainedModel
 
 from ..compat import create_model
-from ..model.adapters import adapter_config, adapts_head, base_model
+from ..model.adapters import adapter_config, adapts_head, base_model, ties_head
+from ..model.merging import merge_adapter
 
 
 def load(path: str, args: Any, **kwargs: Any) -> PreTrainedModel:
     """Load a model from a Hub id or folder, in the precision of the run unless `kwargs` have a dtype.
 
-    An adapter is merged into its base model.
+    An adapter is merged into its base model. A model with virtual tokens stays a `PeftModel`.
+
+    Raises:
+        ValueError: an adapter that cannot be merged.
     """
     adapter = adapter_config(path, kwargs.get("revision"))
     if adapter is not None:
         from peft import PeftModel
 
         base = load(adapter.base_model_name_or_path, args, **{**kwargs, "revision": adapter.revision or "main"})
-        return PeftModel.from_pretrained(base, path, revision=kwargs.get("revision")).merge_and_unload()
+        model: Any = PeftModel.from_pretrained(base, path, revision=kwargs.get("revision"))
+        # virtual tokens cannot be merged: the model is read through PEFT
+        return model if adapter.is_prompt_learning else merge_adapter(model)[0]
     if "dtype" not in kwargs and (args.bf16 or args.fp16):
         kwargs["dtype"] = "bfloat16" if args.bf16 else "float16"
     if args.distributed_state.distributed_type != "NO" or args.teacher_offload:
@@ -50,7 +56,8 @@ def shares_base(student: Any, path: str, args: Any) -> bool:
     same_kind = own.peft_type == adapter.peft_type and (own.revision or "main") == (adapter.revision or "main")
     name = adapter.base_model_name_or_path
     same_base = bool(name) and name == base_model(student).config._name_or_path
-    return same_base and same_kind and not adapts_head(adapter)  # its part of the head would be left out
+    # an adapter of the head, or of an embedding that is the head too, would be left out of the logits
+    return same_base and same_kind and not adapts_head(adapter, tied=ties_head(student))
 
 
 def copy_of_initial(model: Any, args: Any, peft_config: Any) -> Any:

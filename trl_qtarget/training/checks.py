@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from .. import compat
-from ..model.adapters import adapters_of, adapts_head, base_model, has_virtual_tokens
+from ..model.adapters import adapters_of, adapts_head, base_model, has_virtual_tokens, ties_head
 from ..teachers.vocab import PROBES, Agreement, compare, texts_of
 from ..theory.reference import IGNORE
 from ..theory.target import Target
@@ -150,16 +150,16 @@ def refuse_model(model: Any, teacher: Any, args: TargetSFTConfig, peft_config: A
             "it from target_modules, or put lm_head into modules_to_save."
         )
     for given, remedy in ((model, "train another adapter"), (teacher, "pass teacher.merge_and_unload()")):
-        if any(adapts_head(config, _head_names(given)) for config in adapters_of(given)):
+        configs = adapters_of(given)
+        if given is teacher and configs and ties_head(given):
+            remedy = "pass the adapter's folder, from which it is merged into a head of its own"
+        if any(adapts_head(config, _head_names(given), ties_head(given)) for config in configs):
             raise ValueError(
                 f"The given PeftModel has an adapter on lm_head, which would be left out of its logits: {remedy}."
             )
+    refuse_joined_rows(teacher, args)
     virtual = has_virtual_tokens(model) or getattr(peft_config, "is_prompt_learning", False)
-    if virtual and (args.padding_free or (args.packing and args.packing_strategy != "wrapped")):
-        raise ValueError(
-            "With prompt learning PEFT drops position_ids, and rows joined by packing or padding_free would attend to "
-            "each other: turn both off."
-        )
+    refuse_joined_rows(model, args, virtual)
     if virtual and compat.sequence_parallel_size(compat.parallelism_config(args)) > 1:
         raise ValueError(
             "With prompt learning each rank of a split sequence would get virtual tokens of its own: set sp_size=1, "
@@ -168,6 +168,16 @@ def refuse_model(model: Any, teacher: Any, args: TargetSFTConfig, peft_config: A
     if args.activation_offloading and args.device.type == "cpu":
         raise ValueError(
             "activation_offloading moves activations to the CPU, and this run is on the CPU: leave it out."
+        )
+
+
+def refuse_joined_rows(model: Any, args: TargetSFTConfig, virtual: bool = False) -> None:
+    """Refuse packing and padding-free batches for a model with virtual tokens, or for one that will get them."""
+    joined = args.padding_free or (args.packing and args.packing_strategy != "wrapped")
+    if joined and (virtual or has_virtual_tokens(model)):
+        raise ValueError(
+            "With prompt learning PEFT drops position_ids, and rows joined by packing or padding_free would attend to "
+            "each other: turn both off."
         )
 
 

@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 from transformers.utils import ModelOutput
 
-from ..loss.fused import LabelCount, QTargetOutput, qtarget_loss
+from ..loss.fused import LabelCount
 from ..loss.per_token import PerToken
 from ..loss.products import Head
 from ..loss.teacher import ProjectedLogits, TeacherLogits
 from ..model.head import gathered
 from ..theory.reference import IGNORE
 from ..theory.target import Target
+from .kernels import Kernels
 from .self_check import compare_with_reference
 
 
@@ -30,52 +31,13 @@ class ScoredOutput(ModelOutput):
     aux_loss: Tensor | None = None  # ()
 
 
-@dataclass(frozen=True)
-class Kernels:
-    """How the loss is computed; no choice changes a result by more than rounding."""
-
-    backend: str = "auto"
-    chunk_size: int | None = None
-    vocabulary: int | None = None  # student and teacher are compared over these first ids; None: over all
-
-    def loss(
-        self, hidden: Tensor, head: Head, target: Target, tokens: PerToken, teacher: TeacherLogits | None = None,
-        labelled: LabelCount | None = None,
-    ) -> QTargetOutput:  # fmt: skip
-        """`qtarget_loss` of hidden states and a gathered head."""
-        head = self.compared(head)
-        return qtarget_loss(
-            hidden,
-            head.weight,
-            target=target,
-            teacher=teacher,
-            bias=head.bias,
-            logit_scale=head.scale,
-            softcap=head.softcap,
-            backend=self.backend,
-            chunk_size=self.chunk_size,
-            labelled=labelled,
-            **tokens.columns(),
-        )
-
-    def compared(self, head: Head) -> Head:
-        """The head over the ids that student and teacher are compared on."""
-        return head if self.vocabulary is None else head.first(self.vocabulary)
-
-    @torch.no_grad()
-    def label_log_probs(self, model: ProjectedLogits, labels: Tensor) -> Tensor:  # (B, T)
-        """The log-probability, in nats, that a frozen model gives each label, zero where the label is ignored."""
-        with gathered(model.weight, model.bias):
-            return self.loss(model.hidden, model.head, Target(), PerToken(labels)).log_p_y
-
-
 @dataclass
 class Scorer:
     """Computes the loss of one batch from hidden states and head; `called` tells whether the forward got here."""
 
     target: Target
     tokens: PerToken  # (B, T)
-    kernels: Kernels = Kernels()
+    kernels: Kernels
     teacher: TeacherLogits | None = None  # hidden (B, T, D_T), or ids and log_probs (B, T, K)
     labelled: LabelCount | None = None
     check: bool = False  # compare a few tokens with the specification
@@ -88,8 +50,8 @@ class Scorer:
         with gathered(head.weight, head.bias, *taught):
             teacher = self._comparable_teacher(hidden.device)
             out = self.kernels.loss(hidden, head, self.target, tokens, teacher, self.labelled)
-            if self.check and not self.target.whole_batch:
-                compare_with_reference(self.target, hidden, self.kernels.compared(head), tokens, teacher, out)
+            if self.check:
+                compare_with_reference(self.kernels, self.target, hidden, head, tokens, teacher, out)
         count = (tokens.labels != IGNORE).sum()
         vectors = (-out.log_p_y, out.entropy, out.is_top1, out.trust, out.moved, out.target_p_y, out.grad_mass)
         sums = torch.stack([count.float(), *(x.sum(dtype=torch.float32) for x in vectors)])

@@ -7,7 +7,8 @@
     teacher_ema_decay                             Average: a moving average of the student
     a teacher that is an adapter of one base      OtherAdapter: the student's base weights with the teacher's adapter
     any other teacher                             FrozenModel
-    a reference, adapters on the student          AdaptersOff: the base weights
+    a reference, new adapters on the student      AdaptersOff: the base weights
+    a reference, trained adapters                 Initial: a copy of the adapters as they arrive
     a reference, no adapters                      FrozenModel: a copy of the untrained student
 
 `choose` runs before TRL's trainer exists, so that a teacher that does not fit is refused before any data is tokenized,
@@ -24,15 +25,24 @@ from transformers import PreTrainedModel
 
 from ..cache.offline import CachedTeacherCollator, open_cache
 from ..cache.sequences import by_name
+from ..compat import shards_weights
 from ..data.columns import token_columns
 from ..data.known_ids import KnownIds
-from ..model.adapters import base_model
+from ..model.adapters import base_is_initial, base_model
 from ..model.head import head_rows
-from ..teachers.loading import copy_of_initial, load_teacher
-from ..teachers.models import FrozenModel, within_student
+from ..teachers.loading import copy_of_initial, load_teacher, revision_of, shares_base
+from ..teachers.models import AdaptersOff, FrozenModel, OtherAdapter, ReadModel
+from ..teachers.remembered import Average, Initial, Remembered, Snapshot
 from ..teachers.vocab import Agreement, common_columns
 from ..theory.target import Target
-from .checks import compare_tokenizers, refuse, refuse_images, refuse_model, refuse_placement
+from .checks import (
+    compare_tokenizers,
+    refuse,
+    refuse_images,
+    refuse_joined_rows,
+    refuse_model,
+    refuse_placement,
+)
 from .config import TargetSFTConfig
 
 
@@ -45,12 +55,13 @@ class Choice:
     teacher: PreTrainedModel | str | None = None
     reference: PreTrainedModel | None = None  # a copy of the untrained student
     agreement: Agreement | None = None  # of the two tokenizers; None where they were not compared
+    base_is_initial: bool = True  # the student with its adapters off is the student before training
 
 
 class SecondModel(NamedTuple):
     """The second model as a trainer uses it."""
 
-    model: Any  # has `read(*parts)`; None where nothing is read in a step
+    model: ReadModel | None  # None where no model is read in a step
     vocabulary: int | None  # student and teacher are compared over these first ids; None: over all
     collator: Any
 
@@ -84,7 +95,9 @@ def choose(
         return Choice(columns, True, teacher, agreement=agreement)
     if args.teacher_ema_decay or args.teacher_cache:
         return Choice(columns, needed=True)
-    return Choice(columns, True, reference=copy_of_initial(student, args, kwargs.get("peft_config")))
+    peft_config = kwargs.get("peft_config")
+    reference = copy_of_initial(student, args, peft_config)
+    return Choice(columns, True, reference=reference, base_is_initial=base_is_initial(student, peft_config))
 
 
 def open_second_model(choice: Choice, trainer: Any) -> SecondModel:
@@ -101,16 +114,47 @@ def open_second_model(choice: Choice, trainer: Any) -> SecondModel:
             return _open_cache(trainer)
     if choice.reference is not None:
         return SecondModel(FrozenModel(choice.reference, trainer.accelerator, args.teacher_offload), None, collator)
-    inside = within_student(trainer.model, choice.teacher, target, args, trainer.accelerator)
+    inside = within_student(choice, trainer)
     if inside is not None:
         return SecondModel(inside, None, collator)
     teacher: Any = choice.teacher
     if isinstance(teacher, str):
         teacher = load_teacher(teacher, args)
+        refuse_joined_rows(teacher, args)
     if trainer._is_vision_dataset:
         refuse_images(teacher, args)
     vocabulary, collator = _common_vocabulary(teacher, choice.agreement, trainer)
     return SecondModel(FrozenModel(teacher, trainer.accelerator, args.teacher_offload), vocabulary, collator)
+
+
+def within_student(choice: Choice, trainer: Any) -> ReadModel | None:
+    """The second model if it shares most weights with the student, else None.
+
+    Raises:
+        ValueError: copies of weights under FSDP or ZeRO-3, where weights swapped into one rank's shard would never be
+            gathered; or `teacher_offload` for weights that the student needs as well.
+    """
+    student, teacher, args, target = trainer.model, choice.teacher, trainer.args, trainer.target
+    inside: ReadModel | None = None
+    if "snapshot" in target.needs:
+        inside = Snapshot(student, target.snapshot_every)
+    elif args.teacher_ema_decay is not None:
+        inside = Average(student, args.teacher_ema_decay)
+    elif teacher is None:
+        inside = AdaptersOff(student) if choice.base_is_initial else Initial(student)
+    elif isinstance(teacher, str) and shares_base(student, teacher, args):
+        inside = OtherAdapter(student, teacher, **revision_of(args))
+    if isinstance(inside, Remembered) and shards_weights(trainer.accelerator):
+        raise ValueError(
+            "psft, teacher_ema_decay, and references of a student that arrives with trained adapters keep copies of "
+            "the student's weights, and FSDP or ZeRO-3 shards them: train with DDP or ZeRO-2, or with another loss or "
+            "teacher."
+        )
+    if inside is not None and args.teacher_offload:
+        raise ValueError(
+            "teacher_offload is for a teacher with weights of its own, and this one has the student's: leave it out."
+        )
+    return inside
 
 
 def _open_cache(trainer: Any) -> SecondModel:
@@ -128,7 +172,7 @@ def _open_cache(trainer: Any) -> SecondModel:
 def _common_vocabulary(teacher: Any, agreement: Agreement | None, trainer: Any) -> tuple[int | None, Any]:
     """The number of first ids that the models are compared over, and a collator that refuses data outside of them."""
     tokenizer = trainer._tokenizer
-    student_rows, teacher_rows = head_rows(base_model(trainer.model)), head_rows(teacher)
+    student_rows, teacher_rows = (head_rows(base_model(model)) for model in (trainer.model, teacher))
     vocabulary, report = common_columns(agreement, len(tokenizer), student_rows, teacher_rows)
     trainer.accelerator.print(report)
     if vocabulary is None:

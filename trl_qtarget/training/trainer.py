@@ -22,16 +22,18 @@ from ..loss.fused import LabelCount
 from ..loss.per_token import TOKEN_COLUMNS, PerToken, shifted_labels
 from ..loss.teacher import ProjectedLogits, TopKLogits
 from ..model.adapters import base_model, has_virtual_tokens
+from ..model.check import head_mismatch
 from ..model.forward import install
-from ..teachers.models import Remembered, evaluating
+from ..teachers.models import evaluating
 from ..teachers.placement import read_in_parts
+from ..teachers.remembered import Remembered
 from ..theory.reference import IGNORE
 from .checks import mean_nll, refuse_images, refuse_sharded_prompt, trusted_ids
 from .config import TargetSFTConfig, as_target_config
+from .kernels import Kernels
 from .metrics import TokenSums
-from .scorer import Kernels, ScoredOutput, Scorer
+from .scorer import ScoredOutput, Scorer
 from .second_model import choose, open_second_model
-from .self_check import check_head
 
 
 POSITIONAL = list(inspect.signature(SFTTrainer.__init__).parameters)[3:]  # after self, model, args
@@ -151,6 +153,8 @@ class TargetSFTTrainer(SFTTrainer):
                 "The loss head of trl_qtarget was not used: something has replaced the model's forward since the "
                 "trainer was made, and this loss would silently not be trained."
             )
+        if self.aux_loss_enabled and out.aux_loss is None:
+            self._forget_experts()
         if mode == "train":
             self._check_first_step(model, scorer, inputs, columns)
         self._sums.add(out, inputs, mode)
@@ -189,10 +193,18 @@ class TargetSFTTrainer(SFTTrainer):
         return scorer
 
     def _check_first_step(self, model: Any, scorer: Scorer, inputs: dict[str, Any], columns: dict) -> None:
-        """Check the head, and log once the nll of the labels under the teacher, so that a broken teacher shows."""
+        """Check the heads of both models, and log once the nll of the labels under the teacher."""
         if not self._checked and not self._is_vision_dataset:
+            half = self.args.bf16 or self.args.fp16
             with evaluating(self.model):
-                check_head(model, inputs["input_ids"], half=self.args.bf16 or self.args.fp16)
+                mismatch = head_mismatch(model, inputs["input_ids"], half)
+            if mismatch is not None:
+                raise RuntimeError(
+                    f"{type(base_model(self.model)).__name__} does something to its logits that trl_qtarget does not "
+                    f"know of: {mismatch}. Train it with TRL's SFTTrainer, and please report the model's name."
+                )
+            if self._teacher is not None:
+                self._teacher.check(inputs["input_ids"], half)
         self._checked = True
         if self._introduced:
             return
@@ -205,6 +217,11 @@ class TargetSFTTrainer(SFTTrainer):
         if log_p_y is not None:
             nll = mean_nll(log_p_y, scorer.tokens.labels, self.accelerator, len(self._tokenizer))
             self._metrics["train"]["qtarget/teacher_nll"].append(nll)
+
+    def _forget_experts(self) -> None:
+        """Turn off the balancing loss of a model that has no experts, though its family does: its forward would fail."""
+        self.aux_loss_enabled = False
+        base_model(self.model).config.get_text_config().output_router_logits = False
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
         """Count labels as Trainer does, and also under sequence parallelism, where a batch has shifted labels only."""
