@@ -14,9 +14,10 @@ from datasets import Dataset
 from test_trainer import logged, same, teacher, train  # noqa: F401  (a fixture)
 
 from trl_qtarget import Residual, Target, cli
-from trl_qtarget.cache.sequences import TokenSequence, sequences
+from trl_qtarget.cache.fingerprints import row_key
+from trl_qtarget.cache.reader import TeacherCache, readable
+from trl_qtarget.cache.sequences import TokenSequence, row_sequences
 from trl_qtarget.cache.shards import CacheError, _sealed
-from trl_qtarget.cache.store import TeacherCache, readable, row_key
 from trl_qtarget.model.forward import install
 from trl_qtarget.scoring.score import score
 from trl_qtarget.scripts import cache as script
@@ -84,8 +85,8 @@ def test_a_packed_row_is_the_sequences_it_was_made_of():
         "labels": [y for _, labels in parts for y in labels],
         "seq_lengths": [3, 2, 2],
     }
-    alone = [s for ids, labels in parts for s in sequences({"input_ids": ids, "labels": labels})]
-    assert [s.key for s in sequences(packed)] == [s.key for s in alone]
+    alone = [s for ids, labels in parts for s in row_sequences({"input_ids": ids, "labels": labels})]
+    assert [s.key for s in row_sequences(packed)] == [s.key for s in alone]
     assert len(alone) == 2, "without labels there is nothing to score"
     assert alone[1].key == row_key([8, 9], [False, True]), "the first token is nobody's next one"
 
@@ -169,7 +170,7 @@ def test_a_manifest_that_leads_elsewhere_is_refused(made):
     del content["seal"]
     for change in ({"shards": [{**content["shards"][0], "name": "../other/shard-00000.arrow"}]}, {"settings": {}}):
         manifest.write_bytes(_sealed({**content, **change}))
-        with pytest.raises(CacheError, match="speaks of"):
+        with pytest.raises(CacheError, match="is unknown or missing"):
             TeacherCache(manifest.parent)
 
 
