@@ -19,6 +19,7 @@ from trl_qtarget.cache.reader import TeacherCache, readable
 from trl_qtarget.cache.sequences import TokenSequence, row_sequences
 from trl_qtarget.cache.shards import CacheError, _sealed
 from trl_qtarget.model.forward import install
+from trl_qtarget.scoring import tasks
 from trl_qtarget.scoring.score import score
 from trl_qtarget.scripts import cache as script
 from trl_qtarget.training.checks import refuse
@@ -185,6 +186,16 @@ def test_a_second_run_adds_only_what_is_new(made, rows, capfd):
     assert "4 rows scored again" in said
     assert {file.name: file.read_bytes() for file in folder.glob("*.arrow") if file.name in before} == before
     assert len(TeacherCache(folder)) == 24
+
+
+def test_rows_that_differ_when_scored_again_end_the_run_with_one_sentence(made, monkeypatch, capfd):
+    monkeypatch.setattr(tasks, "TOLERANCE", -1.0)
+    with pytest.raises(SystemExit) as stopped:
+        made("--top_k", 3, "--verify", 4)
+    assert stopped.value.code == 1
+    (line,) = capfd.readouterr().err.strip().splitlines()[-1:]
+    assert line.startswith("trl-qtarget cache: 4 rows scored again: log p(y) differs by at most")
+    assert line.endswith("is not what this teacher says: make the cache in another folder")
 
 
 def test_a_dry_run_says_what_it_would_take_and_writes_nothing(made, capfd):

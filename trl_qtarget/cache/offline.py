@@ -10,7 +10,7 @@ import torch
 from datasets import IterableDataset
 
 from ..data.collators import WrappedCollator
-from ..data.columns import REFERENCE_COLUMNS
+from ..loss.per_token import REFERENCE_COLUMNS
 from .fingerprints import template_fingerprint, tokenizer_fingerprint
 from .reader import TeacherCache, readable
 from .sequences import TokenSequence, batch_sequences, dataset_sequences
