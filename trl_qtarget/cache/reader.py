@@ -118,7 +118,7 @@ def _download(name: str) -> Path:
 
 
 def readable(entry: Entry) -> tuple[np.ndarray, np.ndarray]:  # (n, K) int32, (n, K) float32
-    """Return the ids, and log-probabilities whose sum leaves exactly `exp(log_tail)` to all other ids.
+    """Return the ids, and log-probabilities that leave `exp(log_tail)` of the probability to all other ids.
 
     Rounding to float16 moves the sum of the K probabilities by up to 1e-3. A loss takes one minus that sum for the
     tail, and would then train ids that the teacher gives no probability. Where the tail is more than half of the

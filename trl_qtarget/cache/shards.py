@@ -49,7 +49,7 @@ class Entry(NamedTuple):
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings under which all rows of a cache were scored; rows of other settings do not belong into it."""
+    """The settings under which all rows of a cache were scored; a row of other settings does not fit in."""
 
     teacher: str
     teacher_revision: str | None

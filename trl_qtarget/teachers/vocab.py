@@ -1,4 +1,4 @@
-"""Tokenizers of student and teacher: do they agree, and over which ids are the two models compared."""
+"""How far the tokenizers of student and teacher agree, and the ids over which the two models are compared."""
 
 from __future__ import annotations
 
