@@ -32,7 +32,7 @@ from benchmarks import train
 from benchmarks.kernel import console
 from benchmarks.machine import provenance, save
 from trl_qtarget import Residual, TopKLogits
-from trl_qtarget.cache.sequences import TokenSequence, sequences
+from trl_qtarget.cache.sequences import TokenSequence, row_sequences
 from trl_qtarget.model.forward import install
 from trl_qtarget.scoring.score import score
 from trl_qtarget.theory.reference import pool
@@ -55,7 +55,7 @@ def fill(args: argparse.Namespace) -> None:
 def tokenized(args: argparse.Namespace) -> list[TokenSequence]:
     """The rows as the trainer makes them."""
     trainer = train.make("nll", args, str(args.data.parent / "unused"))
-    return [sequence for row in trainer.train_dataset for sequence in sequences(row)]
+    return [sequence for row in trainer.train_dataset for sequence in row_sequences(row)]
 
 
 def load(path: Path) -> Any:

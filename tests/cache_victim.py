@@ -10,8 +10,9 @@ import time
 
 import numpy as np
 
+from trl_qtarget.cache.fingerprints import row_key
 from trl_qtarget.cache.shards import Entry, Settings
-from trl_qtarget.cache.store import CacheWriter, row_key
+from trl_qtarget.cache.writer import CacheWriter
 
 
 SETTINGS = Settings("teacher", "main", "f0", "f1", "f2", vocab_size=50, k=5, dtype="float16", max_length=64)

@@ -22,9 +22,12 @@ from cache_victim import SETTINGS, VERSIONS, fill, made_up_entry, made_up_rows
 from hypothesis import given
 from hypothesis import strategies as st
 
+from trl_qtarget import files
 from trl_qtarget.cache import shards
+from trl_qtarget.cache.fingerprints import row_key
+from trl_qtarget.cache.reader import TeacherCache, readable
 from trl_qtarget.cache.shards import CacheError, Entry
-from trl_qtarget.cache.store import CacheWriter, TeacherCache, readable, row_key
+from trl_qtarget.cache.writer import CacheWriter
 
 
 FILLS_THE_GAP = r": delete it and run `trl-qtarget cache` again, which fills the gap\.$"
@@ -215,7 +218,7 @@ def test_a_disk_that_is_full_amid_a_shard(made, tmp_path, monkeypatch):
             return super().write(data)
 
     with monkeypatch.context() as patch:
-        patch.setattr(shards, "open", Full, raising=False)
+        patch.setattr(files, "open", Full, raising=False)
         with pytest.raises(OSError, match="No space left"):
             make(tmp_path)
     assert set(contents(tmp_path)) == {"manifest.json"}
@@ -264,7 +267,7 @@ def test_damage_to_an_unfinished_run_costs_its_shard_only(made, tmp_path):
     (tmp_path / "shard-00003.arrow").write_bytes(b"")
     with (
         pytest.warns(UserWarning, match=r"shard-00001.json is damaged: the rows"),
-        pytest.warns(UserWarning, match=r"shard-00003.arrow has 0 bytes and not its \d+: its rows"),
+        pytest.warns(UserWarning, match=r"shard-00003.arrow has 0 bytes instead of \d+: its rows"),
     ):
         writer = CacheWriter(tmp_path, SETTINGS)
     plan = writer.plan([(key, *counts) for key, counts in ROWS.items()], cache_victim.SHARD_TOKENS)

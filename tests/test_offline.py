@@ -14,10 +14,12 @@ from datasets import Dataset
 from test_trainer import logged, same, teacher, train  # noqa: F401  (a fixture)
 
 from trl_qtarget import Residual, Target, cli
-from trl_qtarget.cache.sequences import TokenSequence, sequences
+from trl_qtarget.cache.fingerprints import row_key
+from trl_qtarget.cache.reader import TeacherCache, readable
+from trl_qtarget.cache.sequences import TokenSequence, row_sequences
 from trl_qtarget.cache.shards import CacheError, _sealed
-from trl_qtarget.cache.store import TeacherCache, readable, row_key
 from trl_qtarget.model.forward import install
+from trl_qtarget.scoring import tasks
 from trl_qtarget.scoring.score import score
 from trl_qtarget.scripts import cache as script
 from trl_qtarget.training.checks import refuse
@@ -84,8 +86,8 @@ def test_a_packed_row_is_the_sequences_it_was_made_of():
         "labels": [y for _, labels in parts for y in labels],
         "seq_lengths": [3, 2, 2],
     }
-    alone = [s for ids, labels in parts for s in sequences({"input_ids": ids, "labels": labels})]
-    assert [s.key for s in sequences(packed)] == [s.key for s in alone]
+    alone = [s for ids, labels in parts for s in row_sequences({"input_ids": ids, "labels": labels})]
+    assert [s.key for s in row_sequences(packed)] == [s.key for s in alone]
     assert len(alone) == 2, "without labels there is nothing to score"
     assert alone[1].key == row_key([8, 9], [False, True]), "the first token is nobody's next one"
 
@@ -169,7 +171,7 @@ def test_a_manifest_that_leads_elsewhere_is_refused(made):
     del content["seal"]
     for change in ({"shards": [{**content["shards"][0], "name": "../other/shard-00000.arrow"}]}, {"settings": {}}):
         manifest.write_bytes(_sealed({**content, **change}))
-        with pytest.raises(CacheError, match="speaks of"):
+        with pytest.raises(CacheError, match="is unknown or missing"):
             TeacherCache(manifest.parent)
 
 
@@ -184,6 +186,16 @@ def test_a_second_run_adds_only_what_is_new(made, rows, capfd):
     assert "4 rows scored again" in said
     assert {file.name: file.read_bytes() for file in folder.glob("*.arrow") if file.name in before} == before
     assert len(TeacherCache(folder)) == 24
+
+
+def test_rows_that_differ_when_scored_again_end_the_run_with_one_sentence(made, monkeypatch, capfd):
+    monkeypatch.setattr(tasks, "TOLERANCE", -1.0)
+    with pytest.raises(SystemExit) as stopped:
+        made("--top_k", 3, "--verify", 4)
+    assert stopped.value.code == 1
+    (line,) = capfd.readouterr().err.strip().splitlines()[-1:]
+    assert line.startswith("trl-qtarget cache: 4 rows scored again: log p(y) differs by at most")
+    assert line.endswith("is not what this teacher says: make the cache in another folder")
 
 
 def test_a_dry_run_says_what_it_would_take_and_writes_nothing(made, capfd):

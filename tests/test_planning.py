@@ -21,7 +21,8 @@ from trl_qtarget.compat import prepare_frozen
 from trl_qtarget.loss.scratch import KEPT
 from trl_qtarget.options.launching import launched_as
 from trl_qtarget.planning.advice import advise
-from trl_qtarget.planning.memory import Engine, Run, Size, Teacher, parts, peak, totals
+from trl_qtarget.planning.memory import parts, peak, totals
+from trl_qtarget.planning.run import Engine, Run, Size, Teacher
 from trl_qtarget.planning.sizes import adapted, run_of, size_of
 from trl_qtarget.scripts import plan
 

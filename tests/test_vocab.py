@@ -75,7 +75,7 @@ def test_merges_beyond_the_common_ids_are_another_way_to_split_text():
     longer = bpe(merges=[*MERGES, ("{", "'")])
     with pytest.raises(ValueError, match=r"on, \['{', \"'\", .* and \[\"{'\""):
         compare(bpe(), longer)
-    assert compare(bpe(), longer, []).theirs_only == {COMMON: "{'"}
+    assert compare(bpe(), longer, []).teacher_only == {COMMON: "{'"}
 
 
 def test_a_merge_that_no_probe_shows_is_seen_in_the_data(tmp_path):
@@ -101,7 +101,7 @@ def test_tokens_added_to_one_side_are_listed(side, tmp_path):
 
 def test_both_sides_may_have_added_tokens_and_a_long_list_is_cut():
     both = compare(bpe(added=["<tool>"]), bpe(added=[f"<{i}>" for i in range(30)]))
-    assert (both.common, len(both.ours_only), len(both.theirs_only)) == (COMMON, 1, 30)
+    assert (both.common, len(both.student_only), len(both.teacher_only)) == (COMMON, 1, 30)
     assert both.one_sided().endswith("'<19>' (283) and 10 more for the teacher only")
 
 
@@ -156,7 +156,7 @@ def test_text_is_found_wherever_it_stands_in_a_row(tokenizer):
         ),
         (Agreement(100), 100, (640, 640), None, "identical on 100 ids; comparing all 640 rows"),
         (
-            Agreement(100, theirs_only={100: "<x>"}),
+            Agreement(100, teacher_only={100: "<x>"}),
             100,
             (640, 640),
             100,

@@ -7,7 +7,8 @@ import re
 from itertools import product
 from pathlib import Path
 
-from trl_qtarget.planning.memory import Engine, Run, Size, Teacher, parts, peak, totals
+from trl_qtarget.planning.memory import parts, peak, totals
+from trl_qtarget.planning.run import Engine, Run, Size, Teacher
 
 
 README = Path(__file__).with_name("README.md")

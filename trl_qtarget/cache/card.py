@@ -1,4 +1,4 @@
-"""The dataset card of a teacher cache. What somebody writes around the marked part, such as a license, stays."""
+"""The dataset card of a teacher cache. Text that a user adds around the marked part, such as a license, is kept."""
 
 from __future__ import annotations
 
@@ -62,7 +62,10 @@ Not stated yet: the licenses of the teacher and of the data say what may be done
 
 
 def write_card(card: str | None, settings: Settings, shards: Sequence[dict], versions: Mapping[str, str]) -> str:
-    """The card, or the one that is there with its marked part renewed; one without such a part stays as it is."""
+    """Return the dataset card: `card` with its marked part renewed, or a new one if `card` is None.
+
+    A card without the marks is returned unchanged: a user has written all of it.
+    """
     rows, tokens, size = (sum(shard[name] for shard in shards) for name in ("rows", "tokens", "bytes"))
     facts = {
         **asdict(settings),

@@ -1,4 +1,8 @@
-"""Sequences."""
+"""The sequences that a teacher scores: in a row of the prepared data, in a whole dataset, and in a collated batch.
+
+A sequence is a row of the prepared dataset, or one document of a packed row. Its key depends on its token ids and on
+which of them are labels, and on nothing else: shuffling, packing, padding and epochs do not change it.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +14,15 @@ import numpy as np
 from tqdm import tqdm
 
 from ..theory.reference import IGNORE
-from .store import row_key
+from .fingerprints import row_key
 
 
 @dataclass(frozen=True)
 class TokenSequence:
-    """Tokens that attend to each other, and the labels among them; the first token is nobody's next one."""
+    """Tokens that attend to each other, and which of them are labels.
+
+    The first token is never a label: no position of the sequence predicts it.
+    """
 
     ids: np.ndarray  # (T,)
     labelled: np.ndarray  # (T,) bool
@@ -29,14 +36,8 @@ class TokenSequence:
         return int(self.labelled.sum())
 
 
-def _sequence(ids: np.ndarray, labels: np.ndarray) -> TokenSequence:
-    labelled = labels != IGNORE
-    labelled[:1] = False
-    return TokenSequence(ids.astype(np.int32), labelled)
-
-
-def sequences(row: Mapping[str, Any]) -> list[TokenSequence]:
-    """Those of a row of the prepared dataset that have labels."""
+def row_sequences(row: Mapping[str, Any]) -> list[TokenSequence]:
+    """Return the sequences with labels in one row of the prepared dataset."""
     ids = np.asarray(row["input_ids"])
     labels = np.asarray(row["labels"]) if "labels" in row else ids
     cuts = np.cumsum(row["seq_lengths"])[:-1] if "seq_lengths" in row else []
@@ -44,8 +45,17 @@ def sequences(row: Mapping[str, Any]) -> list[TokenSequence]:
     return [sequence for sequence in (_sequence(*part) for part in parts) if sequence.labels]
 
 
-def places(batch: Mapping[str, Any]) -> Iterator[tuple[int, int, TokenSequence]]:
-    """(row, start, sequence) of all those in a collated batch that have labels."""
+def dataset_sequences(dataset: Any, name: str, disable: bool = False) -> Iterator[tuple[str, int, int, TokenSequence]]:
+    """Yield (key, row, number within the row, sequence) for every sequence with labels in a prepared dataset."""
+    columns = [column for column in ("input_ids", "labels", "seq_lengths") if column in dataset.column_names]
+    rows = dataset.with_format("numpy", columns=columns)
+    for number, row in enumerate(tqdm(rows, f"Hashing {name} dataset", disable=disable, unit=" rows")):
+        for part, sequence in enumerate(row_sequences(row)):
+            yield sequence.key, number, part, sequence
+
+
+def batch_sequences(batch: Mapping[str, Any]) -> Iterator[tuple[int, int, TokenSequence]]:
+    """Yield (row, start, sequence) for every sequence with labels in a collated batch, packed or padded."""
     positions = batch.get("position_ids")
     for row, (ids, labels) in enumerate(zip(batch["input_ids"].numpy(), batch["labels"].numpy(), strict=True)):
         if positions is None:
@@ -60,16 +70,17 @@ def places(batch: Mapping[str, Any]) -> Iterator[tuple[int, int, TokenSequence]]
 
 
 def by_name(train: Any, evaluation: Any) -> dict[str, Any]:
-    """The datasets of a trainer that are there; an evaluation set may have any name, "train" too."""
+    """Return a trainer's datasets under names for messages: "train", "eval", or "eval NAME" where there are several.
+
+    The prefix keeps an evaluation set that is called "train" apart from the training data. A missing dataset is left
+    out.
+    """
     several = evaluation if isinstance(evaluation, dict) else {"": evaluation}
     named = {"train": train, **{f"eval {name}".strip(): dataset for name, dataset in several.items()}}
     return {name: dataset for name, dataset in named.items() if dataset is not None}
 
 
-def indexed(dataset: Any, name: str, disable: bool = False) -> Iterator[tuple[str, int, int, TokenSequence]]:
-    """(key, row, number in the row, sequence) of all sequences of a prepared dataset."""
-    columns = [column for column in ("input_ids", "labels", "seq_lengths") if column in dataset.column_names]
-    rows = dataset.with_format("numpy", columns=columns)
-    for number, row in enumerate(tqdm(rows, f"Hashing {name} dataset", disable=disable, unit=" rows")):
-        for part, sequence in enumerate(sequences(row)):
-            yield sequence.key, number, part, sequence
+def _sequence(ids: np.ndarray, labels: np.ndarray) -> TokenSequence:
+    labelled = labels != IGNORE
+    labelled[:1] = False
+    return TokenSequence(ids.astype(np.int32), labelled)

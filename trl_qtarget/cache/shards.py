@@ -1,46 +1,55 @@
-"""The files of a teacher cache: shards of rows in Arrow, JSON that is sealed, and how either gets onto the disk."""
+"""The files of a teacher cache: Arrow shards with the rows, and JSON files that hold a checksum of themselves.
+
+manifest.json      the settings, and the size and sha256 of every shard
+shard-00000.arrow  a record for each row, all in one batch, so that an entry is a slice of the mapped file
+shard-00000.json   the shard's sidecar, until a commit lists the shard in the manifest
+README.md          the dataset card
+"""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
 import re
-import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 from tqdm import tqdm
 
+from ..files import replacing
+from . import MANIFEST
+from .fingerprints import digest
+
 
 FORMAT = "trl_qtarget teacher cache, version 1"
-MANIFEST = "manifest.json"
 SHARD = re.compile(r"shard-\d{5,}\.arrow")
-LARGE = 10**9  # bytes whose check is worth a progress bar
+LARGE = 10**9  # bytes; checking more than this shows a progress bar
 
 
 class CacheError(ValueError):
-    """A cache that cannot be used, in one sentence with the way out."""
+    """A cache that cannot be used; the message is one sentence and says what to do."""
 
 
 class Entry(NamedTuple):
-    """What the teacher says at the n labelled tokens of a row, in nats; read-only where it comes from a cache."""
+    """The teacher's distribution at the n labelled tokens of one row, in nats.
+
+    The arrays of an entry that was read from a cache are read-only views of the mapped file.
+    """
 
     ids: np.ndarray  # (n, K) int32
     log_probs: np.ndarray  # (n, K) float16 or float32
-    log_tail: np.ndarray  # (n,) float32, log of the mass outside the ids
-    log_p_y: np.ndarray  # (n,) float32
-    mass: np.ndarray  # (n,) float32, p_T(y) and the mass that ranks below y
+    log_tail: np.ndarray  # (n,) float32, log of the probability outside the ids
+    log_p_y: np.ndarray  # (n,) float32, of the label y
+    mass: np.ndarray  # (n,) float32, p_T(y) plus the probability of every id that ranks below y
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What makes two caches the same kind, so that rows of both could stand in one."""
+    """The settings under which all rows of a cache were scored; a row of other settings does not fit in."""
 
     teacher: str
     teacher_revision: str | None
@@ -54,26 +63,28 @@ class Settings:
 
     def __post_init__(self):
         if self.dtype not in ("float16", "float32"):
-            raise CacheError(f"A cache keeps float16 or float32, not {self.dtype!r}: choose one of the two.")
+            raise CacheError(
+                f"A cache keeps log-probabilities in float16 or float32, not {self.dtype!r}: choose one of the two."
+            )
         if not 0 < self.k <= self.vocab_size:
-            raise CacheError(f"A cache keeps from 1 to all {self.vocab_size} ids of a token, not {self.k}: change k.")
+            raise CacheError(f"A cache keeps 1 to {self.vocab_size} (all) ids of a label, not {self.k}: change k.")
 
 
 class ShardPlan(NamedTuple):
-    """Rows that are computed and written together."""
+    """Rows that are scored together and written as one shard."""
 
     name: str
     keys: tuple[str, ...]
-    labelled: tuple[int, ...]  # how many labels each row has
-    plan: str  # which plan it is part of
-    done: bool  # an earlier run of the plan has written it
+    labelled: tuple[int, ...]  # the number of labels of each row
+    plan: str  # digest of the plan that the shard belongs to
+    done: bool  # whether an interrupted run of the same plan has written the shard
 
 
 class Shard:
-    """A mapped file: reading a row of it copies nothing."""
+    """A shard's file, mapped into memory: reading a row copies nothing."""
 
     def __init__(self, path: Path, k: int):
-        with pa.memory_map(str(path)) as file:  # the mapping lives as long as its buffers; the descriptor need not
+        with pa.memory_map(str(path)) as file:  # the mapping outlives the descriptor: Arrow's buffers hold on to it
             batch = pa.ipc.open_stream(file).read_next_batch()
         self.k = k
         self.keys = np.frombuffer(batch["key"].buffers()[2], "S32", len(batch))
@@ -87,7 +98,13 @@ class Shard:
 
 
 def write_shard(folder: Path, shard: ShardPlan, entries: Sequence[Entry], settings: Settings) -> dict[str, Any]:
-    """What a manifest says of the shard, once it and a sidecar that says the same are on the disk."""
+    """Write a shard and then its sidecar, and return the sidecar's content, which `write_manifest` lists later.
+
+    The sidecar comes second: an interrupted run leaves no sidecar of a shard that is not complete on the disk.
+
+    Raises:
+        ValueError: the entries do not fit the planned rows, or hold NaN.
+    """
     batch = _batch(shard, entries, settings)
     path = folder / shard.name
     with replacing(path) as file, pa.ipc.new_stream(file, batch.schema) as stream:
@@ -107,7 +124,7 @@ def write_shard(folder: Path, shard: ShardPlan, entries: Sequence[Entry], settin
 
 
 def _batch(shard: ShardPlan, entries: Sequence[Entry], settings: Settings) -> pa.RecordBatch:
-    assert all(len(key) == 32 for key in shard.keys)  # readers take them for an array
+    assert all(len(key) == 32 for key in shard.keys)  # `Shard` reads the keys as one array of fixed width
     k = settings.k
     if len(entries) != len(shard.keys):
         raise ValueError(f"{shard.name} has {len(shard.keys)} rows, not {len(entries)}: give one entry for each.")
@@ -119,7 +136,7 @@ def _batch(shard: ShardPlan, entries: Sequence[Entry], settings: Settings) -> pa
     offsets = np.cumsum([0, *shard.labelled])
 
     def column(name: str, dtype: str, width: int = 1) -> pa.ListArray:
-        with np.errstate(over="ignore"):  # what is below float16's range has no probability
+        with np.errstate(over="ignore"):  # below float16's range a log-probability becomes -inf
             parts = [getattr(entry, name).reshape(-1).astype(dtype) for entry in entries]
         return pa.ListArray.from_arrays(pa.array(offsets * width, pa.int32()), pa.array(np.concatenate(parts)))
 
@@ -133,7 +150,12 @@ def _batch(shard: ShardPlan, entries: Sequence[Entry], settings: Settings) -> pa
 
 
 def faults(folder: Path, shards: Sequence[dict], contents: bool, disable: bool) -> Iterator[tuple[str, str]]:
-    """Names of the shards that are not as they were written, each with what is wrong."""
+    """Yield the name of every shard that is not as it was written, and what is wrong with it.
+
+    Args:
+        contents: compare sha256 sums, which reads all of every file; if false, compare sizes only.
+        disable: show no progress bar.
+    """
     size = sum(shard["bytes"] for shard in shards)
     disable = disable or not contents or size < LARGE
     with tqdm(total=size, unit="B", unit_scale=True, desc="Checking the cache", disable=disable) as bar:
@@ -142,16 +164,20 @@ def faults(folder: Path, shards: Sequence[dict], contents: bool, disable: bool) 
             if not path.is_file():
                 yield shard["name"], "is missing"
             elif path.stat().st_size != shard["bytes"]:
-                yield shard["name"], f"has {path.stat().st_size} bytes and not its {shard['bytes']}"
+                yield shard["name"], f"has {path.stat().st_size} bytes instead of {shard['bytes']}"
             elif contents and _sha256(path) != shard["sha256"]:
-                yield shard["name"], "is damaged, its sha256 is another one"
+                yield shard["name"], "is damaged, its sha256 has changed"
             bar.update(shard["bytes"])
 
 
 def write_manifest(
     folder: Path, settings: Settings, shards: Mapping[str, dict], versions: dict[str, str] | None
 ) -> list[dict[str, Any]]:
-    """The shards as the manifest lists them: without what depends on how the runs went that wrote them."""
+    """Write the manifest, and return the shards as it lists them.
+
+    The plan of a shard is left out: it depends on where runs were interrupted, and without it any course of runs ends
+    with the same bytes. `versions` is None until the first commit.
+    """
     listed = [{k: v for k, v in shards[name].items() if k != "plan"} for name in sorted(shards)]
     content = {"format": FORMAT, "settings": asdict(settings), "versions": versions, "shards": listed}
     with replacing(folder / MANIFEST) as file:
@@ -160,58 +186,47 @@ def write_manifest(
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    content = unsealed(folder / MANIFEST)
+    """Read and check a manifest.
+
+    Raises:
+        CacheError: the manifest is damaged, is of another format, or names a file outside the folder.
+    """
+    path, remedy = folder / MANIFEST, "read it with the version of trl-qtarget that wrote it"
+    content = unsealed(path)
     if content.get("format") != FORMAT:
-        raise CacheError(f"{folder / MANIFEST} is not of the format {FORMAT!r}: take the trl-qtarget that wrote it.")
+        raise CacheError(f"{path} is not of the format {FORMAT!r}: {remedy}.")
     strange = set(content["settings"]) ^ {field.name for field in fields(Settings)}
-    # names that lead out of the folder come from nobody's writer
+    # a name such as ../x/shard-00000.arrow is no shard's: a manifest must not make its reader open other files
     strange |= {shard["name"] for shard in content["shards"] if not SHARD.fullmatch(shard["name"])}
     if strange:
-        raise CacheError(f"{folder / MANIFEST} speaks of {sorted(strange)[0]!r}: take the trl-qtarget that wrote it.")
+        raise CacheError(f"{path}: the entry {sorted(strange)[0]!r} is unknown or missing: {remedy}.")
     return content
 
 
 def _sealed(content: Mapping[str, Any]) -> bytes:
-    """JSON with a sha256 of itself."""
+    """Return the content as JSON with one more entry, `seal`: the sha256 of the rest."""
     seal = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     return (json.dumps({**content, "seal": seal}, indent=1) + "\n").encode()
 
 
 def unsealed(path: Path) -> dict[str, Any]:
+    """Read a file that `_sealed` made.
+
+    Raises:
+        CacheError: any byte of the file has changed.
+    """
     raw = path.read_bytes()
     try:
         content = json.loads(raw)
         del content["seal"]
-        if _sealed(content) == raw:  # byte by byte, as what JSON does not mind is damage too
+        if _sealed(content) == raw:  # compares bytes: a change that leaves the parsed JSON equal is damage too
             return content
     except (ValueError, KeyError, TypeError):
         pass
-    raise CacheError(f"{path} is damaged, or no teacher cache's: restore it, or make the cache in another folder.")
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file that takes its name when it is whole and on the disk, and is gone if it does not get there."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    if os.name == "posix":  # elsewhere a folder cannot be opened
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # so that no later file is on the disk before this one
-        finally:
-            os.close(folder)
-
-
-def digest(keys: Iterable[str]) -> str:
-    return hashlib.blake2b("\n".join(keys).encode(), digest_size=16).hexdigest()
+    raise CacheError(
+        f"{path} is damaged, or was not written by `trl-qtarget cache`: restore it, or make the cache in another "
+        "folder."
+    )
 
 
 def _sha256(path: Path) -> str:

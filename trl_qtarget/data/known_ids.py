@@ -1,4 +1,4 @@
-"""Labels and inputs that a teacher does not know, refused by name."""
+"""A check of batches and datasets: the teacher must know every label and be able to read every input."""
 
 from __future__ import annotations
 
@@ -11,11 +11,7 @@ from .collators import WrappedCollator
 
 
 CONTEXT = 10  # tokens before an unknown one that an error shows
-
-
-SCANNED = 1000  # rows of a dataset looked at together
-
-
+SCANNED = 1000  # rows of a dataset that are checked together
 REMEDY = {
     "labels": "Set that label to -100, leave the row out, or give the teacher the token and train it first.",
     "input_ids": "Resize the teacher's embeddings to the student's, or choose a pad_token that both know.",
@@ -23,15 +19,18 @@ REMEDY = {
 
 
 class KnownIds(WrappedCollator):
-    """Refuses batches with a label, or an input, that the teacher does not know.
+    """A collator that refuses batches with a label or an input that the teacher does not know.
 
-    It reads batches where they are made, on the CPU, so that nothing waits for a device. The first token of a
-    sequence is no label of anything.
+    Batches are checked where they are made, on the CPU: a check on the device would have to wait for its result. The
+    first token of a sequence is not checked as a label, since no position predicts it.
+
+    Args:
+        limits: for "labels" and "input_ids", how many first ids the teacher knows, or can read.
     """
 
     def __init__(self, collator: Any, limits: dict[str, int], tokenizer: Any):
         super().__init__(collator)
-        self.limits = limits  # {"labels": 100, "input_ids": 128}: the first ids that the teacher knows, and can read
+        self.limits = limits
         self.tokenizer = tokenizer
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
@@ -49,7 +48,11 @@ class KnownIds(WrappedCollator):
         return batch
 
     def scan(self, name: str, dataset: Any) -> None:
-        """Look through a prepared dataset, or several by name; a stream is met batch by batch."""
+        """Check a prepared dataset, or several by name. A stream is left to the check of its batches.
+
+        Raises:
+            ValueError: the first id that the teacher does not know, with its row and position.
+        """
         if isinstance(dataset, dict):
             for key, part in dataset.items():
                 self.scan(f"{name} ({key})", part)
@@ -76,7 +79,7 @@ class KnownIds(WrappedCollator):
 
 
 def _first_unknown(table: Any, column: str, limit: int) -> tuple[int, int] | None:
-    """Row and position of the first id in a table of lists that is no less than `limit`."""
+    """Return row and position of the first id in a table of lists that is at least `limit`, or None."""
     lists = table[column].combine_chunks()
     unknown = lists.flatten().to_numpy(zero_copy_only=False) >= limit
     if not unknown.any():

@@ -1,4 +1,4 @@
 """YAML files and command lines: strict parsing, checks before anything is loaded, accelerate's launcher.
 
-May import `theory`, `files` and `compat`.
+May import `cache` (the name of its manifest), `theory`, `files` and `compat`.
 """

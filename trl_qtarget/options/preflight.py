@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from ..cache import MANIFEST
 from ..files import is_path
 
 
@@ -68,8 +69,8 @@ def no_model(option: str, name: str | None) -> list[str]:
 def no_cache(name: str) -> list[str]:
     """Report a path that leads to no teacher cache; names that can be on the Hub are not checked."""
     folder = Path(name)
-    if folder.is_dir() and not (folder / "manifest.json").is_file():
-        return [f"teacher_cache: the folder {name} holds no cache (no manifest.json); make one with trl-qtarget cache"]
+    if folder.is_dir() and not (folder / MANIFEST).is_file():
+        return [f"teacher_cache: the folder {name} holds no cache (no {MANIFEST}); make one with trl-qtarget cache"]
     if is_path(name) and not folder.is_dir():
         return [f"teacher_cache: there is no folder {name}; make the cache with trl-qtarget cache"]
     return []

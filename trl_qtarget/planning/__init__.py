@@ -1,4 +1,4 @@
-"""The memory of a training step from configurations alone, and what to change where it does not fit.
+"""The memory of a training step, computed from configurations alone, and what to change where it does not fit.
 
-May import `cache`, `teachers`, `model`, `loss` and `theory`.
+May import `cache`, `teachers`, `model`, `loss` and `theory`. `run`, `memory` and `advice` need torch alone.
 """

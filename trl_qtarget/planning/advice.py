@@ -1,4 +1,4 @@
-"""What to change in a recipe that does not fit, and what each change would save by the arithmetic of `planning`."""
+"""Changes to a recipe that does not fit into a device's memory, and the bytes that each change would save."""
 
 from __future__ import annotations
 
@@ -6,33 +6,36 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from ..loss.chunked import ROW_MULTIPLE
-from .memory import Engine, Run, peak
+from .memory import peak
+from .run import Engine, Run
 
 
-MOST_PROCESSES = 1024  # that are recommended
-CACHED_IDS = 64  # of a label, as `trl-qtarget cache` keeps them
+MOST_PROCESSES = 1024  # more are never recommended
+CACHED_IDS = 64  # ids a label: the default of `trl-qtarget cache`
 
-Changed = tuple[str, Run] | None  # what to write into the recipe, and the run it makes; None where it does not apply
+Changed = tuple[str, Run] | None  # the line for the recipe, and the run after the change; None: it does not apply
 
 
 @dataclass(frozen=True)
 class Advice:
-    """A change of a recipe, and bytes at its peak."""
+    """A change to a recipe, and its effect on the peak in bytes."""
 
     change: str
-    saves: float  # by itself
-    left: float | None  # after it and all before it; None where those fit already
+    saves: float  # what this change saves alone
+    left: float | None  # the peak after this change and all before it; None where the ones before are enough
 
 
 def advise(run: Run, limit: float) -> list[Advice]:
-    """All changes that lower the peak, in the order in which to try them."""
+    """Return all changes that lower the peak, in the order in which to try them.
+
+    A change is made on top of those before it until the peak is within `limit` bytes. Each is also tried alone.
+    """
     found, changed = [], run
     for change in CHANGES:
         fits = peak(changed) <= limit
         alone, after = change(run, limit), change(changed, limit)
         saves = 0 if alone is None else peak(run) - peak(alone[1])
-        helps = not fits and after is not None and peak(after[1]) < peak(changed)
-        if after is not None and helps:
+        if not fits and after is not None and peak(after[1]) < peak(changed):
             changed = after[1]
             found.append(Advice(after[0], saves, peak(changed)))
         elif alone is not None and saves > 0:
@@ -41,10 +44,12 @@ def advise(run: Run, limit: float) -> list[Advice]:
 
 
 def _checkpoint(run: Run, limit: float) -> Changed:
+    """Recompute activations in the backward pass."""
     return None if run.checkpointing else ("gradient_checkpointing: true", replace(run, checkpointing=True))
 
 
 def _cache(run: Run, limit: float) -> Changed:
+    """Score the teacher once, and read it from a cache. A reference or a part of the student is not cached."""
     t = run.teacher
     if t is None or not t.stands_apart or t.is_reference or not run.cacheable:
         return None
@@ -52,6 +57,7 @@ def _cache(run: Run, limit: float) -> Changed:
 
 
 def _teacher_half(run: Run, limit: float) -> Changed:
+    """Load a float32 teacher in half precision."""
     t = run.teacher
     if t is None or not t.stands_apart or t.is_reference or t.itemsize != 4:
         return None
@@ -60,6 +66,7 @@ def _teacher_half(run: Run, limit: float) -> Changed:
 
 
 def _teacher_offload(run: Run, limit: float) -> Changed:
+    """Keep the teacher in host memory between its forward passes, unless the engine shards it."""
     t = run.teacher
     if t is None or not t.stands_apart or t.offloaded or run.engine.stage == 3 or run.device == "cpu":
         return None
@@ -67,6 +74,7 @@ def _teacher_offload(run: Run, limit: float) -> Changed:
 
 
 def _teacher_rows(run: Run, limit: float) -> Changed:
+    """Let the teacher read one row at a time."""
     t = run.teacher
     if t is None or run.rows == 1 or t.rows == 1 or not run.splits_rows:
         return None
@@ -74,19 +82,19 @@ def _teacher_rows(run: Run, limit: float) -> Changed:
 
 
 def _shard(run: Run, limit: float) -> Changed:
-    """All weights shared out over the processes there are."""
+    """Shard the weights over the run's own processes."""
     engine = run.engine
     if engine.processes == 1 or _sharded(run).name == engine.name:
         return None
-    return _spread(run, limit, engine.processes, engine.processes)
+    return _over_devices(run, limit, engine.processes, engine.processes)
 
 
 def _lora(run: Run, limit: float) -> Changed:
-    """A reference is then the base weights; what a student remembers of itself, its adapters."""
+    """Train adapters. A reference needs no copy then, and an average or a snapshot keeps the adapters only."""
     if run.with_lora is None:
         return None
     t = run.teacher
-    if t is not None and t.is_reference:
+    if t is not None and t.is_reference:  # the base weights, read with the adapters off
         t = replace(t, weights=0, stands_apart=False, offloaded=False)
     elif t is not None and not t.stands_apart:
         t = replace(t, weights=t.weights * run.with_lora.trained // run.student.trained)
@@ -94,25 +102,29 @@ def _lora(run: Run, limit: float) -> Changed:
 
 
 def _more_devices(run: Run, limit: float) -> Changed:
-    """All weights shared out over twice as many processes or, if that is not enough, over four times, and so on."""
-    return _spread(run, limit, 2 * run.engine.processes, MOST_PROCESSES)
+    """Shard the weights over twice as many processes or, if that is not enough, over four times as many, and so on."""
+    return _over_devices(run, limit, 2 * run.engine.processes, MOST_PROCESSES)
 
 
 def _sharded(run: Run) -> Engine:
-    """FSDP stays where it is; but over several micro-batches it keeps gradients whole, and ZeRO-3 does not."""
+    """Return the run's engine with sharded weights: ZeRO-3, unless FSDP serves as well.
+
+    Over several micro-batches FSDP keeps whole gradients on every rank, and ZeRO-3 does not.
+    """
     if run.engine.name == "FSDP" and run.accumulation == 1:
         return run.engine
     return replace(run.engine, name="ZeRO-3", keeps_weights=False)
 
 
-def _spread(run: Run, limit: float, least: int, most: int) -> Changed:
+def _over_devices(run: Run, limit: float, least: int, most: int) -> Changed:
+    """Shard the weights over as few processes as fit: `least`, or twice as many until `most`."""
     t, engine = run.teacher, _sharded(run)
     if t is not None and not t.stands_apart and t.weights:
-        return None  # what a student remembers of itself is not shared out
-    whole = None if t is None else replace(t, offloaded=False)
+        return None  # an average, a snapshot or a second adapter of the student is whole on every rank
+    sharded = None if t is None else replace(t, offloaded=False)
     runs = []
     while least <= most:
-        runs.append(replace(run, engine=replace(engine, processes=least), teacher=whole))
+        runs.append(replace(run, engine=replace(engine, processes=least), teacher=sharded))
         least *= 2
     if not runs:
         return None
@@ -122,6 +134,7 @@ def _spread(run: Run, limit: float, least: int, most: int) -> Changed:
 
 
 def _micro_batch(run: Run, limit: float) -> Changed:
+    """Split the micro-batch into the largest equal parts that fit, and accumulate over them."""
     divisors = [n for n in range(run.rows - 1, 0, -1) if run.rows % n == 0]
     runs = [replace(run, rows=n, accumulation=run.accumulation * run.rows // n) for n in divisors]
     if not runs:
@@ -131,11 +144,13 @@ def _micro_batch(run: Run, limit: float) -> Changed:
 
 
 def _chunk(run: Run, limit: float) -> Changed:
+    """Lower the rows of a tile of logits."""
     size = min(ROW_MULTIPLE, run.chunk_size or ROW_MULTIPLE)
     return f"qtarget_chunk_size: {size}", replace(run, chunk_size=size)
 
 
-CHANGES: tuple[Callable[[Run, float], Changed], ...] = (  # first what trains the same on the same devices
+# First the changes that leave training and devices as they are, then others
+CHANGES: tuple[Callable[[Run, float], Changed], ...] = (
     _checkpoint, _cache, _teacher_half, _teacher_offload, _teacher_rows, _shard, _micro_batch, _chunk,
     _lora, _more_devices,
 )  # fmt: skip

@@ -1,15 +1,15 @@
-"""What a training step holds on one device, in bytes, from sizes alone.
+"""The memory that a training step takes on one device, in bytes, computed from sizes alone.
 
-A step may peak at three moments, and each part is told for all of them:
+Memory may peak at three moments of a step, and every part is given for each of them:
 
-    teacher   the teacher's forward pass: its weights, and a layer of it at work
-    loss      between the student's two passes: its activations, the tile of logits, the head's gradient
-    update    at the end of the backward pass: all gradients, and hardly any activations
+    teacher   the teacher's forward pass: its weights, and one of its layers at work
+    loss      between the student's forward and backward pass: activations, the tile of logits, the head's gradient
+    update    the end of the backward pass: all gradients, and hardly any activations
 
-Exact up to what an allocator rounds: weights, gradients, optimizer state, the second model, the head's gradient and
-tile. The parts with `estimated` are formulas for usual decoders and what engines reserve by default.
+Weights, gradients, optimizer state, the second model, the head's gradient and the tile of logits are exact, up to the
+rounding of an allocator. Parts marked `estimated` are formulas for usual decoders and the default reserves of engines.
 
-N: parameters, V and D: rows and width of the head, L: layers, G: processes, T: tokens of a micro-batch.
+N: parameters, V and D: rows and width of the head, L: layers, T: tokens of a micro-batch.
 """
 
 from __future__ import annotations
@@ -20,125 +20,18 @@ import torch
 
 from ..loss.chunked import rows_per_tile
 from ..loss.scratch import KEPT_BYTES
+from .run import Run, Size
 
 
 MOMENTS = ("teacher", "loss", "update")
-STAGES = {"one process": 0, "DDP": 0, "ZeRO-1": 1, "ZeRO-2": 2, "ZeRO-3": 3, "FSDP": 3}
-BUCKET = 500_000_000  # numbers in DeepSpeed's reduce bucket, which it reserves whole
+BUCKET = 500_000_000  # numbers in DeepSpeed's reduce bucket; all of it is reserved from the start
 LIVE = 1_000_000_000  # parameters that ZeRO-3 leaves gathered
-CONTEXT, FRAGMENTS = 2**30, 0.05  # of a GPU: its context and libraries, and what its allocator cannot use
-
-
-@dataclass(frozen=True)
-class Size:
-    """A model, counted from its configuration."""
-
-    frozen: int  # parameters
-    trained: int
-    linear: int  # of both, those that layers multiply by
-    rows: int  # V
-    width: int  # D
-    layers: int  # L
-    inner: int  # numbers of a token that a layer keeps in the type it computes in
-    frozen_bytes: int  # of all frozen parameters
-    itemsize: int = 4  # bytes of a trained parameter
-    tied: bool = False  # the head is the embedding
-    head_trained: bool = True
-
-    @property
-    def head(self) -> int:
-        return self.rows * self.width
-
-    @property
-    def parameters(self) -> int:
-        return self.frozen + self.trained
-
-    def at_work(self, compute: int) -> int:
-        """Bytes of a token that one layer keeps; inputs and results of its two norms are float32."""
-        return 4 * 4 * self.width + compute * self.inner
-
-
-@dataclass(frozen=True)
-class Teacher:
-    """A second model that is read in each micro-batch."""
-
-    size: Size
-    weights: int  # bytes of its own; none where they are the student's
-    itemsize: int  # bytes of a number that it computes
-    dense: bool = True  # the loss reads its whole distribution
-    stands_apart: bool = True  # a model, and not what a student remembers or has under its adapters
-    is_reference: bool = False  # the student before training
-    offloaded: bool = False
-    rows: int | None = None  # that it reads at once
-
-
-@dataclass(frozen=True)
-class Engine:
-    """How processes share the work."""
-
-    name: str = "one process"
-    processes: int = 1
-    keeps_weights: bool = False  # FSDP: whole from the forward to the backward pass
-    offloads_weights: bool = False
-    offloads_states: bool = False
-
-    @property
-    def stage(self) -> int:
-        """1: the optimizer's state is shared out, 2: gradients too, 3: weights too."""
-        return STAGES[self.name]
-
-    @property
-    def is_deepspeed(self) -> bool:
-        return self.name.startswith("ZeRO")
-
-    def share(self, size: float, stage: int) -> float:
-        """Of what is shared out from this stage on."""
-        return size / self.processes if self.stage >= stage else size
-
-
-@dataclass(frozen=True)
-class Run:
-    """A training recipe, as far as memory is concerned."""
-
-    student: Size
-    rows: int  # of a micro-batch
-    row_tokens: int
-    engine: Engine = Engine()
-    accumulation: int = 1  # micro-batches of a step
-    half: bool = True  # computes in bfloat16 or float16
-    checkpointing: bool = True
-    state: tuple[float, int | None] = (2, None)  # the optimizer's numbers a parameter, and their bytes if not its own
-    teacher: Teacher | None = None
-    cached_ids: int = 0  # K of a cached teacher
-    chunk_size: int | None = None
-    device: str = "cuda"
-    with_lora: Size | None = None  # the student if it were trained with adapters
-    cacheable: bool = True
-    splits_rows: bool = True  # not where packing has joined them
-
-    @property
-    def tokens(self) -> int:
-        return self.rows * self.row_tokens
-
-    @property
-    def compute(self) -> int:
-        return 2 if self.half else 4
-
-    @property
-    def dense(self) -> bool:
-        return self.teacher is not None and self.teacher.dense
-
-    @property
-    def itemsize(self) -> int:
-        """Bytes of a trained weight: DeepSpeed trains in half precision, and accelerate's FSDP2 then in float32."""
-        if self.engine.is_deepspeed:
-            return self.compute
-        return 4 if self.half and self.engine.name == "FSDP" else self.student.itemsize
+CONTEXT, FRAGMENTS = 2**30, 0.05  # bytes of a GPU's context and libraries; the share that fragmentation wastes
 
 
 @dataclass(frozen=True)
 class Part:
-    """Bytes that one thing takes at each moment."""
+    """One part of the memory, with its bytes at each moment."""
 
     name: str
     teacher: float = 0
@@ -148,7 +41,7 @@ class Part:
 
 
 def parts(run: Run) -> list[Part]:
-    """Everything that a device holds in a step but the first, where there is any of it."""
+    """Return all parts that are not empty, as a device holds them in any step after the first."""
     found = [
         _throughout("weights", _weights(run)),
         _gradients(run),
@@ -168,12 +61,12 @@ def parts(run: Run) -> list[Part]:
 
 
 def totals(run: Run) -> dict[str, float]:
-    """Bytes at each moment."""
+    """Return the bytes of all parts together at each moment."""
     return {moment: sum(getattr(part, moment) for part in parts(run)) for moment in MOMENTS}
 
 
 def peak(run: Run) -> float:
-    """Bytes at the moment that takes most."""
+    """Return the bytes at the moment that takes most."""
     return max(totals(run).values())
 
 
@@ -188,12 +81,16 @@ def _weights(run: Run) -> float:
 
 
 def _gradients(run: Run) -> Part:
-    """FSDP shares them out in the last micro-batch only; `no_sync` leaves them whole, in the type it computes in."""
+    """Gradients of all trained parameters, as each engine holds them.
+
+    FSDP accumulates under `no_sync`: until the last micro-batch every rank holds whole gradients, in the type that it
+    computes in.
+    """
     trained, accumulates = run.student.trained, run.accumulation > 1
     size = run.engine.share(trained * run.itemsize, 2)
     if accumulates and run.engine.name == "FSDP":
         return _throughout("gradients", max(trained * run.compute, size), estimated=True)
-    before = size if accumulates else 0  # those of the micro-batches before
+    before = size if accumulates else 0  # gradients of the step's earlier micro-batches
     return Part("gradients", before, before, size)
 
 
@@ -201,7 +98,7 @@ def _states(run: Run) -> float:
     if run.engine.offloads_states:
         return 0
     numbers, itemsize = run.state
-    if run.engine.is_deepspeed:  # in float32, with the weights once more
+    if run.engine.is_deepspeed:  # all in float32, and a float32 copy of the weights besides
         return run.engine.share(run.student.trained * 4 * (1 + numbers), 1)
     return run.engine.share(run.student.trained * numbers * (itemsize or run.itemsize), 3)
 
@@ -209,8 +106,9 @@ def _states(run: Run) -> float:
 def _second_model(run: Run) -> list[Part]:
     t = run.teacher
     if t is None:
-        entries = run.tokens * run.cached_ids
-        return [_throughout("teacher: K ids and log-probabilities a token", entries * (4 + 8 + 4))]
+        numbers = run.tokens * run.cached_ids
+        size = numbers * (4 + 8 + 4)  # int32 ids, the same as int64 for the loss, and float32 log-probabilities
+        return [_throughout("teacher: K ids and log-probabilities a token", size)]
     held = run.engine.share(t.weights, 3) if t.stands_apart else t.weights
     after = (t.size.head * t.itemsize, 0) if t.offloaded else (held, held)
     tokens = min(t.rows or run.rows, run.rows) * run.row_tokens
@@ -221,7 +119,11 @@ def _second_model(run: Run) -> list[Part]:
 
 
 def _head_gradient(run: Run) -> Part:
-    """(V, D), added up in float32 tile by tile; a tied one waits for the embedding's, as large again."""
+    """The (V, D) gradient of the head, which accumulates in float32 tile by tile.
+
+    It stays until it is added to another gradient: the embedding's, if the head is tied to the embedding, or that of
+    the micro-batch before.
+    """
     s = run.student
     if not s.head_trained:
         return Part("head: gradient")
@@ -231,9 +133,9 @@ def _head_gradient(run: Run) -> Part:
 
 
 def _tile(run: Run) -> Part:
-    """(n, V) float32 logits of one model or two, and the gradient in half precision beside them.
+    """The (n, V) float32 logits of one model or two, and their gradient in half precision.
 
-    On a CPU they stay from step to step.
+    On a CPU the tiles of logits are kept from step to step.
     """
     V, T = run.student.rows, run.tokens
     n = min(run.chunk_size or rows_per_tile(T, V * (1 + run.dense), torch.float32, run.device), T)
@@ -247,17 +149,22 @@ def _activations(run: Run) -> list[Part]:
     s, T = run.student, run.tokens
     layer = s.at_work(run.compute)
     inputs = s.width * (run.compute if run.engine.is_deepspeed else 4)
-    held = T * (s.layers * inputs + layer if run.checkpointing else s.layers * layer)
-    hidden = T * s.width * (2 * run.compute + 4)  # as they come, without ignored ones, and their gradient
-    taught = 0 if run.teacher is None else 2 * T * run.teacher.size.width * run.teacher.itemsize
+    held = T * (
+        s.layers * inputs + layer if run.checkpointing else s.layers * layer
+    )  # one layer is recomputed at a time
+    hidden = T * s.width * (2 * run.compute + 4)  # all of them, those at labels, and their gradient
+    of_teacher = 0 if run.teacher is None else 2 * T * run.teacher.size.width * run.teacher.itemsize
     return [
         Part("activations", 0, held, T * layer, estimated=True),
-        Part("hidden states at the head", taught, hidden + taught, 0, estimated=True),
+        Part("hidden states at the head", of_teacher, hidden + of_teacher, 0, estimated=True),
     ]
 
 
 def _half_copies(run: Run) -> Part:
-    """Of float32 weights, as autocast keeps them for the backward pass; with checkpointing, of trained ones alone."""
+    """The copies of float32 weights in half precision that autocast keeps for the backward pass.
+
+    With checkpointing it keeps those of trained weights only.
+    """
     s = run.student
     if not run.half or run.engine.is_deepspeed:
         return Part("weights in half precision")
@@ -267,7 +174,7 @@ def _half_copies(run: Run) -> Part:
 
 
 def _gathered(run: Run) -> Part:
-    """What an engine puts together of shared-out weights: two layers and the head, or as much as ZeRO-3 leaves so."""
+    """Sharded weights that are gathered at a time: two layers and the head, or all that ZeRO-3 leaves gathered."""
     if run.engine.stage < 3:
         return Part("gathered weights")
 
@@ -275,18 +182,19 @@ def _gathered(run: Run) -> Part:
         some = size.head + 2 * size.linear / size.layers
         return itemsize * (max(some, min(size.parameters, LIVE)) if run.engine.is_deepspeed else some)
 
-    own = live(run.student, run.compute)
-    if run.engine.keeps_weights:
-        own = run.student.parameters * run.compute
+    own = run.student.parameters * run.compute if run.engine.keeps_weights else live(run.student, run.compute)
     t = run.teacher
-    apart = t is not None and t.stands_apart
-    before = own if t is not None and not apart else 0
-    read, head = (live(t.size, t.itemsize), t.size.head * t.itemsize) if apart else (before, 0)
-    return Part("gathered weights", read, own + head, own, estimated=True)
+    if t is None:
+        read, teacher_head = 0.0, 0
+    elif t.stands_apart:
+        read, teacher_head = live(t.size, t.itemsize), t.size.head * t.itemsize
+    else:  # the teacher's forward pass gathers the student's own layers
+        read, teacher_head = own, 0
+    return Part("gathered weights", read, own + teacher_head, own, estimated=True)
 
 
 def _buffers(run: Run) -> Part:
-    """DDP: its buckets, a second copy of the gradients. DeepSpeed: a bucket, and a share of float32 gradients."""
+    """DDP's buckets, which are a second copy of the gradients; DeepSpeed's bucket, and a rank's float32 gradients."""
     name, s = "engine's buffers", run.student
     if run.engine.name == "DDP":
         return _throughout(name, s.trained * run.itemsize, estimated=True)

@@ -1,4 +1,4 @@
-"""From a recipe to the sizes that `planning` calculates with: models are made on the meta device, without memory."""
+"""From a recipe to the `Run` whose memory is computed: models are made on the meta device, which takes no memory."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -15,17 +15,17 @@ from ..model.adapters import adapter_config, base_model
 from ..teachers.loading import shares_base
 from ..theory.target import Target
 from .advice import CACHED_IDS
-from .memory import Engine, Run, Size, Teacher
+from .run import Engine, Run, Size, Teacher
 
 
 QUANTIZED = {"load_in_4bit": 0.5 + 4 / 64, "load_in_8bit": 1.0}  # bytes of a weight, with a scale for every 64
 
 
 def run_of(script_args, training_args, model_args, dataset_args, plan_args, engine: Engine) -> Run:
-    """A recipe as far as memory is concerned.
+    """Return a recipe as far as its memory is concerned.
 
     Raises:
-        ValueError: a configuration that cannot be read.
+        ValueError: a model's configuration cannot be read.
     """
     args, half = training_args, bool(training_args.bf16 or training_args.fp16)
     if model_args.use_peft:
@@ -55,18 +55,25 @@ def run_of(script_args, training_args, model_args, dataset_args, plan_args, engi
 
 
 def adapted(run: Run, script_args, training_args, model_args, *_: Any) -> Run:
-    """The same, knowing what adapters would make of it, where PEFT knows where to put them."""
+    """Add to `run` the size of the student with LoRA adapters, so that `advise` can recommend them.
+
+    The run is returned unchanged if it trains adapters already, or if PEFT does not know where to put them.
+    """
     if model_args.use_peft:
         return run
     try:
         model = with_adapters(model_args, training_args)
-    except ValueError:  # no `target_modules` for this architecture
+    except ValueError:  # an architecture for which the recipe must name lora_target_modules
         return run
     return replace(run, with_lora=size_of(model, run.student.itemsize, _quantized(model_args)))
 
 
 def on_meta(name: str, revision: str | None, args: Any) -> PreTrainedModel:
-    """A model that has shapes and no memory, of the architecture that its configuration names."""
+    """Make a model on the meta device, of the architecture that its configuration names.
+
+    Raises:
+        ValueError: the configuration cannot be read.
+    """
     trust = {"trust_remote_code": args.trust_remote_code}
     try:
         config = AutoConfig.from_pretrained(name, revision=revision or "main", **trust)
@@ -81,7 +88,7 @@ def on_meta(name: str, revision: str | None, args: Any) -> PreTrainedModel:
 
 
 def with_adapters(model_args: Any, args: Any) -> Any:
-    """The same with the adapters of the recipe, or with those that `use_peft` alone would give it."""
+    """Make the student on the meta device with the recipe's adapters, as if the recipe set `use_peft`."""
     model = on_meta(model_args.model_name_or_path, model_args.model_revision, args)
     config: Any = get_peft_config(replace(model_args, use_peft=True))
     with torch.device("meta"):
@@ -89,7 +96,13 @@ def with_adapters(model_args: Any, args: Any) -> Any:
 
 
 def size_of(model: Any, itemsize: int, quantized: float | None = None) -> Size:
-    """Counts of a model whose weights are loaded in `itemsize` bytes; PEFT keeps adapters in float32."""
+    """Count the parameters of a model that is loaded in `itemsize` bytes a weight.
+
+    Adapters are in float32, as PEFT makes them, but over a quantized model in half precision.
+
+    Args:
+        quantized: bytes of a weight of the frozen matrices, if they are quantized.
+    """
     base, adapters = base_model(model), model is not base_model(model)
     text = base.config.get_text_config()
     ends: Any = base.get_output_embeddings(), base.get_input_embeddings()
@@ -117,7 +130,11 @@ def size_of(model: Any, itemsize: int, quantized: float | None = None) -> Size:
 
 
 def _inner(text: Any) -> int:
-    """What a layer keeps of a token: inputs of attention and MLP, q, k, v, attended values, four of the MLP's."""
+    """Count the numbers that a layer keeps of a token.
+
+    These are the inputs of attention and MLP, q, k, v and the attended values, and four numbers for each unit of the
+    MLP. In a mixture of experts only the experts that a token visits count.
+    """
     D, heads = text.hidden_size, text.num_attention_heads
     head_dim = getattr(text, "head_dim", None) or D // heads
     kv = getattr(text, "num_key_value_heads", None) or heads
@@ -129,19 +146,22 @@ def _inner(text: Any) -> int:
 
 
 def _quantized(model_args: Any) -> float | None:
-    """Bytes of a quantized weight, where the recipe quantizes."""
+    """Return the bytes of a quantized weight, or None if the recipe does not quantize."""
     return next((size for option, size in QUANTIZED.items() if getattr(model_args, option)), None)
 
 
 def _itemsize(dtype: Any, model: PreTrainedModel) -> int:
-    """Bytes of a number of a `dtype` as recipes name it."""
-    found = model.config.dtype if dtype == "auto" else dtype
-    found = getattr(torch, found) if isinstance(found, str) else found
-    return (found or torch.float32).itemsize
+    """Return the bytes of a number of `dtype`, as recipes spell it; "auto" is the type that the model was saved in."""
+    dtype = model.config.dtype if dtype == "auto" else dtype
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    return (dtype or torch.float32).itemsize
 
 
 def optimizer_state(name: Any) -> tuple[float, int | None]:
-    """Numbers a parameter, and their bytes if they are not those of the parameter; of an unknown one, AdamW's."""
+    """Return how many numbers an optimizer keeps a parameter, and their bytes (None: those of the parameter).
+
+    An optimizer that is not known is counted as AdamW.
+    """
     name = getattr(name, "value", str(name))
     itemsize = 1 if "8bit" in name else None
     if name in ("sgd", "adafactor"):
@@ -152,7 +172,7 @@ def optimizer_state(name: Any) -> tuple[float, int | None]:
 
 
 def _teacher(args: Any, target: Target, student: Size, model: Any, itemsize: int, half: bool) -> Teacher | None:
-    """The second model, where the loss reads one in the process."""
+    """Return the second model that the loss reads in the process, or None."""
     options: dict[str, Any] = {"dense": target.reads_logits(), "rows": args.teacher_batch_size}
     compute = 2 if half else itemsize
     if "snapshot" in target.needs:
@@ -172,8 +192,8 @@ def _teacher(args: Any, target: Target, student: Size, model: Any, itemsize: int
         before = sum(p.numel() for p in model.parameters())
         with torch.device("meta"):
             model.add_adapter("teacher", adapter)
-        own = sum(p.numel() for p in model.parameters()) - before
-        return Teacher(student, own * 4, compute, stands_apart=False, **options)
+        added = sum(p.numel() for p in model.parameters()) - before
+        return Teacher(student, added * 4, compute, stands_apart=False, **options)
     if adapter is not None:
         name, revision = adapter.base_model_name_or_path, adapter.revision
     other = on_meta(name, revision, args)
@@ -183,7 +203,7 @@ def _teacher(args: Any, target: Target, student: Size, model: Any, itemsize: int
 
 
 def _cached_ids(args: Any) -> int:
-    """K of the cache, or its default while there is no cache; 0 of a teacher in the process."""
+    """Return K of the recipe's cache, or the default K of a cache that is not on this machine; 0 without a cache."""
     if args.teacher_cache is None:
         return 0
     folder = Path(args.teacher_cache)

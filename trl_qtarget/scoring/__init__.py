@@ -1,4 +1,4 @@
-"""How `trl-qtarget cache` fills a cache: the rows that a trainer would make, and a teacher that reads them.
+"""Filling a teacher cache: the rows that a recipe's trainer would train on, and a teacher that scores them.
 
-May import `training` and everything that `training` may import.
+May import `training` and everything that `training` may import; not `options`, and nothing here prints.
 """

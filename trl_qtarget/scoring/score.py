@@ -1,8 +1,7 @@
-"""What a teacher says of sequences."""
+"""One forward pass of a teacher over a batch of sequences, reduced to the entries that a cache keeps."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -24,13 +23,14 @@ from ..model.head import gathered
 
 @torch.no_grad()
 def score(model: Any, batch: Sequence[TokenSequence], k: int, columns: int | None = None) -> list[Entry]:
-    """What a teacher says of the labels of some sequences: one forward pass, without (tokens, V) logits.
+    """Return the teacher's distribution at the labels of each sequence: the K most probable ids, and sums of the rest.
 
-    The label is always among the ids: where it is not of the K most probable, it takes the place of the K-th.
+    The label is always among the ids: where it is not one of the K most probable, it takes the place of the K-th. The
+    sequences are padded and read in one forward pass; logits exist one tile at a time, never for all tokens.
 
     Args:
-        model: one whose head was installed (`head.install`), in evaluation mode.
-        columns: normalise over these first ids only.
+        model: in evaluation mode, with the forward that `model.forward.install` gives it.
+        columns: normalise over these first ids only; None for all.
     """
     ids = pad_sequence([torch.from_numpy(s.ids).long() for s in batch], batch_first=True)
     labelled = pad_sequence([torch.from_numpy(s.labelled) for s in batch], batch_first=True)
@@ -39,21 +39,21 @@ def score(model: Any, batch: Sequence[TokenSequence], k: int, columns: int | Non
     teacher = read_teacher(model, {"input_ids": ids.to(device), "attention_mask": attended.long().to(device)})
     before = labelled[:, 1:].nonzero(as_tuple=True)  # the position that predicts a label is the one before it
     at = tuple(x.to(teacher.hidden.device) for x in before)
-    read = replace(teacher, hidden=teacher.hidden[at])
-    with gathered(read.weight, read.bias):
-        columns = columns or len(read.weight)
-        told = _describe(read, ids[labelled].to(device), min(k, columns), columns)
+    at_labels = replace(teacher, hidden=teacher.hidden[at])
+    with gathered(at_labels.weight, at_labels.bias):
+        columns = columns or len(at_labels.weight)
+        parts = _entry_parts(at_labels, ids[labelled].to(device), min(k, columns), columns)
     lengths = [s.labels for s in batch]
-    return [Entry(*(x.numpy() for x in parts)) for parts in zip(*(x.cpu().split(lengths) for x in told), strict=True)]
+    return [Entry(*(x.numpy() for x in rows)) for rows in zip(*(x.cpu().split(lengths) for x in parts), strict=True)]
 
 
-def _describe(teacher: ProjectedLogits, labels: Tensor, k: int, columns: int) -> list[Tensor]:
-    """ids (n, k), log_probs (n, k), log_tail, log_p_y and mass (n,) of n labels, tile by tile."""
+def _entry_parts(teacher: ProjectedLogits, labels: Tensor, k: int, columns: int) -> list[Tensor]:
+    """Compute ids (n, k), log_probs (n, k), log_tail (n,), log_p_y (n,) and mass (n,) of n labels, tile by tile."""
     hidden, head = teacher.hidden, teacher.head.first(columns)
     dtype = wide(hidden.dtype)
     size = max(rows_per_tile(len(hidden), columns, dtype, hidden.device.type), 1)
     tile = scratch("teacher", (min(size, len(hidden)), columns), hidden, dtype)
-    parts: list[list[Tensor]] = []
+    tiles: list[list[Tensor]] = []
     for start in range(0, len(hidden), size):
         y = labels[start : start + size]
         z = cap_(project(hidden[start : start + size], head, tile[: len(y)]), teacher.softcap)
@@ -65,13 +65,5 @@ def _describe(teacher: ProjectedLogits, labels: Tensor, k: int, columns: int) ->
         below = z.masked_fill(z >= z_y[:, None], -torch.inf).logsumexp(-1)
         mass = torch.logaddexp(below, z_y).sub_(total).exp_()
         tail = z.scatter_(-1, ids, -torch.inf).logsumexp(-1) - total
-        parts.append([ids.int(), (top - total[:, None]).float(), tail.float(), (z_y - total).float(), mass.float()])
-    return [torch.cat(part) for part in zip(*parts, strict=True)]
-
-
-def fingerprint(model: Any) -> str:
-    """A hash of the first numbers of every parameter: two checkpoints of one architecture differ in it."""
-    known = hashlib.blake2b(digest_size=16)
-    for name, parameter in model.named_parameters():
-        known.update(name.encode() + parameter.detach().flatten()[:64].float().cpu().numpy().tobytes())
-    return known.hexdigest()
+        tiles.append([ids.int(), (top - total[:, None]).float(), tail.float(), (z_y - total).float(), mass.float()])
+    return [torch.cat(part) for part in zip(*tiles, strict=True)]

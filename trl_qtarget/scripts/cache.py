@@ -24,13 +24,13 @@ import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..cache import MANIFEST
 from ..options.parsing import StrictParser, fail
 from ..options.preflight import no_data, no_model
 from . import sft
 
 
 PROG = "trl-qtarget cache"
-MANIFEST = "manifest.json"  # equals cache.shards.MANIFEST; that module loads numpy and pyarrow
 
 
 @dataclass
@@ -91,20 +91,35 @@ def run() -> None:
     found = mistakes(*parsed.values)
     if found:
         fail(PROG, *found)
-    from ..scoring.recipe import Scorer, dry_run, fill, verify
+    from ..scoring.run import CacheRun
+    from ..scoring.tasks import CacheMismatch
 
     with tempfile.TemporaryDirectory() as unused:  # the trainer creates its output folder
         parsed.values[1].output_dir = unused
         try:
-            scorer = Scorer(*parsed.values)
-            if scorer.options.dry_run:
-                dry_run(scorer)
-                return
-            fill(scorer)
+            perform(CacheRun(*parsed.values))
+        except CacheMismatch as mistake:
+            fail(PROG, mistake, code=1)
         except (ValueError, OSError) as mistake:
             fail(PROG, mistake)
-        if scorer.options.verify and scorer.accelerator.is_main_process:
-            verify(scorer, PROG)
+
+
+def perform(cache_run) -> None:
+    """Estimate what a dry run would take, or fill the cache and, if asked, verify some rows; print each result."""
+    from ..scoring.tasks import estimate, fill, verify
+
+    say = cache_run.accelerator.print
+    say(cache_run.report)
+    cache_run.check_known_ids()
+    if cache_run.rounding_error is not None:
+        say(f"float16 moves {cache_run.rounding_error:.1e} of the mass of a token")
+    if cache_run.options.dry_run:
+        say(estimate(cache_run))
+        return
+    scored = fill(cache_run)
+    say(f"{cache_run.folder}: {scored} sequences scored, {len(cache_run.rows)} of this recipe are there")
+    if cache_run.options.verify and cache_run.accelerator.is_main_process:
+        print(verify(cache_run))
 
 
 if __name__ == "__main__":

@@ -22,7 +22,8 @@ from rich.table import Table
 from ..options.parsing import Parsed, StrictParser
 from ..options.preflight import no_models
 from ..planning.advice import advise
-from ..planning.memory import MOMENTS, Engine, Run, parts, peak, totals
+from ..planning.memory import MOMENTS, parts, peak, totals
+from ..planning.run import Engine, Run
 from ..training.config import TargetSFTConfig
 from . import sft
 

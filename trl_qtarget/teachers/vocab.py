@@ -1,4 +1,4 @@
-"""Whether two models speak of the same tokens, over which ids they are compared, and that no label lies outside."""
+"""How far the tokenizers of student and teacher agree, and the ids over which the two models are compared."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 
 
 SHOWN = 5  # differing tokens that an error lists
-LISTED = 20  # tokens of one side that a warning lists
+LISTED = 20  # tokens of one tokenizer that a warning lists
 
-# each for one way in which tokenizers of equal id maps differ: digit groups, pre-tokenizer, normaliser, byte fallback
+# Texts that tokenizers of equal id maps split differently: digit groups, pre-tokenizer, normaliser, byte fallback
 PROBES = (
     "In 1969, 1234567890 / 3.14159 = 0x1F 1,000,000",
     "def f(x):\n\treturn {'a': x**2, \"b\": [x != 0]}  # HTTPServer snake_case\n",
@@ -25,22 +25,21 @@ PROBES = (
 
 @dataclass(frozen=True)
 class Agreement:
-    """What two tokenizers have in common: ids 0 to `common - 1` are the same tokens, and text is split into the same.
+    """The agreement of two tokenizers: ids 0 to `common - 1` are the same tokens, and text is split in the same way.
 
-    Either side may have added tokens of its own after those. Student and teacher are compared over the common ids
-    alone: columns of other ids are left out of both softmaxes before they are normalised, like padded rows. A teacher
-    that does not know a token says nothing about it, which is not that it is improbable: no label may be such a token
-    (`KnownIds`), and none is pushed down either. The student's logits of its own tokens get no gradient from the head,
-    so it can still produce what it has learnt elsewhere.
+    Each tokenizer may have added tokens after the common ones. Student and teacher are compared over the common ids
+    alone: the columns of other ids are left out of both softmaxes before these are normalised, as those of padded rows
+    are. A teacher that lacks a token says nothing of it, not that it is improbable. Such a token may therefore be no
+    label (`KnownIds`), and its logit gets no gradient from the head: the student can still produce the token.
     """
 
     common: int
-    ours_only: dict[int, str] = field(default_factory=dict)
-    theirs_only: dict[int, str] = field(default_factory=dict)
+    student_only: dict[int, str] = field(default_factory=dict)
+    teacher_only: dict[int, str] = field(default_factory=dict)
 
     def one_sided(self) -> str:
-        """The tokens that only one side knows, in words; empty where there are none."""
-        sides = (("student", self.ours_only), ("teacher", self.theirs_only))
+        """List the tokens that only one tokenizer has, in words; empty if there are none."""
+        sides = (("student", self.student_only), ("teacher", self.teacher_only))
         return "; ".join(f"{_listed(tokens)} for the {side} only" for side, tokens in sides if tokens)
 
 
@@ -50,21 +49,22 @@ def _listed(tokens: dict[int, str]) -> str:
 
 
 def compare(student: Any, teacher: Any, texts: Iterable[str] = PROBES) -> Agreement:
-    """The ids on which two tokenizers agree, and the tokens that only one of them has.
+    """Return the ids on which two tokenizers agree, and the tokens that only one of them has.
 
     Raises:
-        ValueError: a token that both know is not among the common first ids, or one of the texts, or of the special
-            tokens that both know, is split differently.
+        ValueError: a token that both have is not among the common first ids, or the tokenizers split one of the texts
+            or their special tokens differently.
     """
-    ours, theirs = student.get_vocab(), teacher.get_vocab()
-    apart = sorted((id, token) for token, id in ours.items() ^ theirs.items())
-    common = apart[0][0] if apart else max(ours.values()) + 1
-    shared = ours.keys() & theirs.keys()
-    if not shared or any(max(ours[token], theirs[token]) >= common for token in shared):
-        tokens = list(dict.fromkeys(token for _, token in apart))
+    student_ids, teacher_ids = student.get_vocab(), teacher.get_vocab()
+    differing = sorted((id, token) for token, id in student_ids.items() ^ teacher_ids.items())
+    common = differing[0][0] if differing else max(student_ids.values()) + 1
+    shared = student_ids.keys() & teacher_ids.keys()
+    if not shared or any(max(student_ids[token], teacher_ids[token]) >= common for token in shared):
+        tokens = list(dict.fromkeys(token for _, token in differing))
         shown = (
-            f"{t!r} is {ours.get(t, 'unknown')} for the student and {theirs.get(t, 'unknown')} for the teacher"
-            for t in tokens[:SHOWN]
+            f"{token!r} is {student_ids.get(token, 'unknown')} for the student and "
+            f"{teacher_ids.get(token, 'unknown')} for the teacher"
+            for token in tokens[:SHOWN]
         )
         raise ValueError(
             f"The teacher must share the student's token ids, {len(tokens)} differ: {'; '.join(shown)}. Choose a "
@@ -73,18 +73,25 @@ def compare(student: Any, teacher: Any, texts: Iterable[str] = PROBES) -> Agreem
     specials = dict.fromkeys(t for t in (*student.all_special_tokens, *teacher.all_special_tokens) if t in shared)
     added = (student.get_added_vocab().keys() | teacher.get_added_vocab().keys()) - shared
     for text in (*texts, "".join(f"{token}a {token}\n" for token in specials)):
-        if not any(token in text for token in added):  # the side that does not know it is bound to split it
+        if not any(token in text for token in added):  # a tokenizer that lacks the token is bound to split it
             _require_same_split(student, teacher, text)
-    return Agreement(common, *({id: token for id, token in apart if token in side} for side in (ours, theirs)))
+    return Agreement(
+        common,
+        student_only={id: token for id, token in differing if token in student_ids},
+        teacher_only={id: token for id, token in differing if token in teacher_ids},
+    )
 
 
 def _require_same_split(student: Any, teacher: Any, text: str) -> None:
-    ours, theirs = (t.encode(text, add_special_tokens=False) for t in (student, teacher))
-    if ours == theirs:
+    split = [tokenizer.encode(text, add_special_tokens=False) for tokenizer in (student, teacher)]
+    if split[0] == split[1]:
         return
-    pairs = enumerate(zip(ours, theirs, strict=False))
-    first = next((i for i, (a, b) in pairs if a != b), min(len(ours), len(theirs)))
-    pieces = [t.convert_ids_to_tokens(ids[first : first + SHOWN]) for t, ids in ((student, ours), (teacher, theirs))]
+    pairs = enumerate(zip(*split, strict=False))
+    first = next((i for i, (a, b) in pairs if a != b), min(map(len, split)))
+    pieces = [
+        tokenizer.convert_ids_to_tokens(ids[first : first + SHOWN])
+        for tokenizer, ids in zip((student, teacher), split, strict=True)
+    ]
     raise ValueError(
         f"The teacher has the student's token ids but splits text differently: {text[:60]!r} has, from token {first} "
         f"on, {pieces[0]} for the student and {pieces[1]} for the teacher. Choose a teacher with the same merges, "
@@ -93,7 +100,7 @@ def _require_same_split(student: Any, teacher: Any, text: str) -> None:
 
 
 def texts_of(row: Any, tokenizer: Any) -> list[str]:
-    """The text in a row of data, wherever it stands; decoded where the row holds tokens."""
+    """Return the texts of a row of data, from every depth of it, and its `input_ids` decoded; 1000 of each at most."""
     if isinstance(row, str):
         return [row[:1000]]
     if isinstance(row, dict):
@@ -104,23 +111,32 @@ def texts_of(row: Any, tokenizer: Any) -> list[str]:
     return []
 
 
-def common_columns(agreement: Agreement | None, tokens: int, ours: int, theirs: int) -> tuple[int | None, str]:
-    """Over how many first ids heads of so many rows are compared, None for all of them, and a line that says so.
+def common_columns(
+    agreement: Agreement | None, tokens: int, student_rows: int, teacher_rows: int
+) -> tuple[int | None, str]:
+    """Return how many first ids student and teacher are compared over, None for all, and a line that says so.
 
-    `tokens` is the number of the student's, which is all there is to go by where no tokenizers were compared.
+    Args:
+        agreement: of the two tokenizers; None where they could not be compared, and `tokens` is taken instead.
+        tokens: the number of the student's tokens.
+        student_rows, teacher_rows: the rows of the two heads, padding included.
+
+    Raises:
+        ValueError: the teacher's head has fewer rows than there are common ids.
     """
     common = tokens if agreement is None else agreement.common
-    if theirs < common:
+    if teacher_rows < common:
         raise ValueError(
-            f"The teacher has {theirs} tokens and the student's tokenizer {common}: a teacher must know every token "
-            "of the student."
+            f"The teacher has {teacher_rows} tokens and the student's tokenizer {common}: choose a teacher that knows "
+            "every token of the student."
         )
-    said = "ids not checked" if agreement is None else f"identical on {common:,} ids"
+    checked = "ids not checked" if agreement is None else f"identical on {common:,} ids"
     one_sided = agreement is not None and (tokens > common or agreement.one_sided() != "")
-    if ours == theirs and not one_sided:
-        return None, f"Student and teacher: {said}; comparing all {ours:,} rows"
-    columns = min(common, ours)
-    rows = "padded or unshared rows" if one_sided else "padded rows"
+    if student_rows == teacher_rows and not one_sided:
+        return None, f"Student and teacher: {checked}; comparing all {student_rows:,} rows"
+    columns = min(common, student_rows)
+    kind = "padded or unshared rows" if one_sided else "padded rows"
     return columns, (
-        f"Student and teacher: {said}; ignoring {ours - columns:,} (student) and {theirs - columns:,} (teacher) {rows}"
+        f"Student and teacher: {checked}; ignoring {student_rows - columns:,} (student) and "
+        f"{teacher_rows - columns:,} (teacher) {kind}"
     )
