@@ -432,6 +432,7 @@ KEYS = {  # as version 0.1 made them before references were typed
         ({"output_dir": None}, {}, "chain.yaml: output_dir must be the folder of the whole chain, got None"),
         ({"stages": []}, {}, "chain.yaml: stages must be a list of mappings, as in `- command: sft`"),
         ({}, {"dpo": {"command": "ppo"}}, "stage dpo: command must be one of sft, dpo, "),
+        ({}, {"dpo": {"command": ["dpo"]}}, "stage dpo: command must be one of sft, dpo, "),
         ({}, {"dpo": {"name": "a/b"}}, "stage a/b: name must be of letters"),
         ({}, {"dpo": {"name": "sft"}}, "stage sft: the name is taken, give it another `name`"),
         ({}, {"dpo": {"handoff": "split"}}, "stage dpo: handoff must be one of auto, merge, adapter, got 'split'"),

@@ -91,7 +91,7 @@ def _entry(node: yaml.Node, number: int) -> tuple[Entry | None, list[str]]:
     where = f"stage {name}"
     if mistakes or (not settings and not own):
         return None, mistakes or [f"{where}: must be a mapping, as in `command: sft`"]
-    if command not in OUTPUT:
+    if not isinstance(command, str) or command not in OUTPUT:
         guess = nearest(str(command), OUTPUT) if command is not None else ""
         mistakes.append(f"{where}: command must be one of {', '.join(OUTPUT)}, got {command!r}{guess}")
         close = difflib.get_close_matches(str(command), OUTPUT, n=1)
