@@ -14,7 +14,7 @@ from .nodes import plain
 from .plan import Stage
 
 
-BUILDERS = ("json", "csv", "parquet", "text", "arrow")  # of `datasets`, for files
+BUILDERS = ("json", "csv", "parquet", "text", "arrow")  # the names under which `datasets` reads local files
 COLUMNS = {  # a command reads any one of these sets of columns
     "sft": (("messages",), ("prompt", "completion"), ("conversations",), ("input_ids",)),
     "dpo": (("chosen", "rejected"),),
@@ -119,7 +119,7 @@ def wrong_rewards(given: Mapping[str, Any]) -> list[str]:
 
 
 def _no_reward(name: str) -> str | None:
-    """Return the reason why `name` is neither one of TRL's rewards nor a `module.function`, None if it is one."""
+    """Return the reason why `name` is neither one of TRL's rewards nor a `module.function`; None for a reward."""
     source, _, function = name.rpartition(".")
     source = source or "trl.rewards"
     if source.endswith(".py") or function.startswith("py:"):

@@ -23,7 +23,7 @@ from .nodes import Reference, changed, plain
 from .plan import Stage
 
 
-READ_WHOLE = 16 * 2**20  # bytes: a file up to this size is read for its fingerprint, of a larger one size and time
+READ_WHOLE = 16 * 2**20  # bytes: the fingerprint of a larger file is its size and time instead of its contents
 RECORD = "stage.json"
 FUNCTIONS = ("reward_funcs", "loss", "verifier")  # settings that may name a function of the user's
 
@@ -37,7 +37,7 @@ class Record:
     seconds: float = 0.0  # over all attempts
     attempts: int = 0
     metric: str = ""
-    words: list[str] = field(default_factory=list)  # of its command line, after the YAML file
+    words: list[str] = field(default_factory=list)  # of the command line, after the YAML file
     versions: dict[str, str] = field(default_factory=dict)
 
     def save(self, folder: Path) -> None:
