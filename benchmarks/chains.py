@@ -104,10 +104,11 @@ def run_chain(file: Path) -> None:
 
 
 def _execute_here(stage: Any, words: list[str], fresh: bool, show: Any) -> int:
+    from trl_qtarget.chain.commands import PLUGIN
     from trl_qtarget.chain.execute import check_step0, history
-    from trl_qtarget.chain.validate import OURS, parser
+    from trl_qtarget.chain.validate import parser
 
-    package = "trl_qtarget" if stage.command in OURS else "trl"
+    package = "trl_qtarget" if stage.command in PLUGIN else "trl"
     values = parser(stage.command, stage.command).parse(words[1:]).values
     with stage.log.open("w" if fresh else "a") as log, redirect_stdout(log), redirect_stderr(log):
         importlib.import_module(f"{package}.scripts.{stage.command}").main(*values)

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -14,7 +15,8 @@ import torch
 import yaml
 
 import trl_qtarget
-from trl_qtarget.chain import execute, keys, page, plan
+from trl_qtarget import user_code
+from trl_qtarget.chain import chain_file, commands, execute, keys, page, plan
 from trl_qtarget.cli.main import main
 
 
@@ -248,6 +250,178 @@ def test_data_that_no_stage_will_write(chain, started, capsys, changes, pairs, s
     assert not started
 
 
+# References to outputs of earlier stages
+
+
+def settings_of(stage, root="runs"):
+    return yaml.safe_load(Path(root, stage, "stage.yaml").read_text())
+
+
+def read_by(stage, capsys):
+    """The stages that a dry run shows `stage` to read."""
+    capsys.readouterr()
+    assert main(["chain", "--config", "chain.yaml", "--dry_run"]) == 0
+    lines = [line.split("  ") for line in capsys.readouterr().out.splitlines()]
+    (cells,) = ([cell.strip() for cell in line if cell.strip()] for line in lines if line[0].strip() == stage)
+    return [] if cells[2].startswith("runs") else cells[2].split(", ")
+
+
+def append(**stage):
+    content = yaml.safe_load(Path("chain.yaml").read_text())
+    content["stages"].append(stage)
+    Path("chain.yaml").write_text(yaml.safe_dump(content))
+
+
+@pytest.mark.parametrize("root", ["my runs/of today", "a  folder: of #1/" + "words " * 30 + "end"])
+def test_an_output_dir_that_yaml_would_quote_or_fold(chain, started, root):
+    config = chain({"output_dir": root}, dpo={"ref_model_init_kwargs": None, "run_name": "${stages.sft.output_dir}"})
+    append(name="pairs", command="eval", dataset="prompts.jsonl", k=2, pairs=1)
+    append(name="more", command="dpo", **data("${stages.pairs.output_dir}/pairs.jsonl"))
+    started.log = LOG | {"eval": ["{'a': 1}"]}
+    assert main(["chain", "--config", config]) == 0
+    assert settings_of("sft", root)["output_dir"] == f"{root}/sft/model"
+    assert settings_of("dpo", root)["model_name_or_path"] == f"{root}/sft-merge/model"
+    assert settings_of("dpo", root)["run_name"] == f"{root}/sft-merge/model"
+    assert settings_of("more", root)["datasets"][0]["data_files"] == f"{root}/pairs/results/pairs.jsonl"
+    config_file = f"{root}/dpo/stage.yaml"
+    by_hand = Path(config_file).read_text().partition("\n")[0]
+    assert shlex.split(by_hand.removeprefix("# ")) == ["trl-qtarget", "dpo", "--config", config_file]
+    ran(started)
+    assert main(["chain", "--config", config]) == 0
+    assert not started
+
+
+CHECKPOINT = "${stages.sft.output_dir}/checkpoint-100"
+
+
+def test_a_checkpoint_of_a_stage_to_come(chain, started, capsys):
+    config = chain(sft={"use_peft": None}, dpo={"model_name_or_path": CHECKPOINT})
+    assert read_by("dpo", capsys) == ["sft"]
+    assert main(["chain", "--config", config]) == 0
+    assert settings_of("dpo")["model_name_or_path"] == "runs/sft/model/checkpoint-100"
+    started.clear()
+    config = chain(sft={"use_peft": None, "learning_rate": 1e-3}, dpo={"model_name_or_path": CHECKPOINT})
+    assert main(["chain", "--config", config, "--dry_run"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("has changed: runs, the old one is kept aside") == 3  # sft, and what reads it
+
+
+@pytest.mark.parametrize(
+    ("changes", "path", "said"),
+    [
+        ({}, CHECKPOINT, "model_name_or_path: there is no folder runs/sft-merge/model/checkpoint-100"),
+        (
+            {"use_peft": None},
+            CHECKPOINT.replace("check", "chuck"),
+            "model_name_or_path: there is no folder runs/sft/mo",
+        ),
+        ({"handoff": "adapter"}, CHECKPOINT, "dpo cannot start from an adapter alone"),
+    ],
+)
+def test_what_no_stage_will_write_is_not_referred_to(chain, started, capsys, changes, path, said):
+    (line,) = refused(chain(sft=changes, dpo={"model_name_or_path": path}), capsys)
+    assert line.startswith(f"stage dpo: {said}")
+
+
+def test_references_in_lists_and_mappings(chain, started, capsys):
+    chain(sft={"use_peft": None})
+    files = ["${stages.pairs.output_dir}/pairs.jsonl", "pairs.jsonl"]
+    append(
+        name="more",
+        command="dpo",
+        model_name_or_path="Qwen/Qwen3-0.6B",
+        datasets=[{"path": "json", "data_files": files}],
+        env={"TEACHER_FOLDER": "${stages.sft.output_dir}"},
+    )
+    started.log = LOG | {"eval": ["{'a': 1}"]}
+    sampled(pairs=1, model_name_or_path=["${stages.sft.output_dir}"])
+    models = ["Qwen/Qwen3-0.6B", "${stages.sft.output_dir}", "${stages.dpo.output_dir}/checkpoint-2"]
+    append(name="scores", command="eval", model_name_or_path=models, dataset="prompts.jsonl", k=2)
+    assert read_by("scores", capsys) == ["sft", "dpo"]
+    assert read_by("more", capsys) == ["sft", "pairs"]
+    assert main(["chain", "--config", "chain.yaml"]) == 0
+    models = ["Qwen/Qwen3-0.6B", "runs/sft/model", "runs/dpo/model/checkpoint-2"]
+    assert settings_of("scores")["model_name_or_path"] == models
+    assert settings_of("more")["datasets"][0]["data_files"] == ["runs/pairs/results/pairs.jsonl", "pairs.jsonl"]
+    assert settings_of("more")["env"] == {"TEACHER_FOLDER": "runs/sft/model"}
+    assert "TEACHER_FOLDER" not in os.environ
+
+
+def test_two_references_in_one_text(chain, started, capsys):
+    both = "${stages.sft.output_dir} and ${stages.dpo.output_dir}"
+    changes = {"sft": {"use_peft": None}, "grpo": {"run_name": both, "model_name_or_path": "Qwen/Qwen3-0.6B"}}
+    config = chain(**changes)
+    assert read_by("grpo", capsys) == ["sft", "dpo"]
+    assert main(["chain", "--config", config]) == 0
+    assert settings_of("grpo")["run_name"] == "runs/sft/model and runs/dpo/model"
+    ran(started)
+    assert main(["chain", "--config", chain(**changes, dpo={"beta": 0.2})]) == 0
+    assert ran(started) == ["dpo", "grpo"]
+
+
+@pytest.mark.parametrize(
+    ("text", "reads"),
+    [
+        ("runs/sft/model", ["sft", "sft-merge"]),  # the adapter itself, by its path: as good as a reference
+        ("runs/sft/model/checkpoint-2", ["sft", "sft-merge"]),
+        ("runs/sft/model-2", ["sft-merge"]),
+        ("from runs/sft/model", ["sft-merge"]),
+        ("planned/sft", ["sft-merge"]),
+        ("runs/grpo/model", ["sft-merge"]),  # comes later
+    ],
+)
+def test_texts_that_are_like_an_output(chain, started, capsys, text, reads):
+    config = chain(dpo={"run_name": text})
+    assert read_by("dpo", capsys) == reads
+    assert main(["chain", "--config", config]) == 0
+    assert settings_of("dpo")["run_name"] == text
+
+
+def test_a_path_in_a_mistake_is_the_real_one(chain, started, capsys):
+    (line,) = refused(chain(dpo={"learning_rate": "${stages.sft.output_dir}"}), capsys)
+    assert line == "stage dpo: learning_rate must be a number, got 'runs/sft-merge/model'"
+
+
+def test_keys_are_those_of_earlier_versions(tmp_path, monkeypatch):
+    """A chain that has been run must not run again because the package was updated."""
+    monkeypatch.chdir(tmp_path)
+    Path("chain.yaml").write_text(KEYS_OF)
+    Path("my_loss.py").write_text("def own(): pass\n")
+    Path("rows.jsonl").write_text("{}\n")
+    known = {
+        "sft": ["loss", "use_peft", "model_name_or_path", "datasets", "env", "teacher_cache", "output_dir"],
+        "cache": ["model_name_or_path", "teacher_model_name_or_path", "datasets", "env"],
+        "grpo": ["model_name_or_path", "dataset_name", "reward_funcs", "output_dir", "env"],
+        "eval": ["model_name_or_path", "dataset", "pairs", "output_dir"],
+        "merge": ["model_name_or_path", "output_dir"],
+    }
+    stages = plan.resolve(chain_file.read("chain.yaml"), known)
+    assert {name: key[:16] for name, key in keys.keys(stages).items()} == KEYS
+
+
+KEYS_OF = """\
+output_dir: out
+defaults: {env: {A: 1, 2: b}}
+stages:
+  - {command: sft, loss: "my_loss.py:own", use_peft: true, model_name_or_path: org/m,
+     datasets: [{path: json, data_files: "*.jsonl"}]}
+  - {name: cache, command: cache, teacher_model_name_or_path: "${stages.sft.output_dir}", model_name_or_path: org/m,
+     datasets: [{path: json, data_files: rows.jsonl}]}
+  - {name: target, command: sft, loss: target_sft, teacher_cache: out/cache/cache, model_name_or_path: org/m}
+  - {name: pairs, command: eval, dataset: rows.jsonl, pairs: 2, model_name_or_path: ["${stages.sft.output_dir}", o/m]}
+  - {command: grpo, dataset_name: "${stages.pairs.output_dir}/pairs.jsonl", reward_funcs: [accuracy_reward],
+     model_name_or_path: out/sft/model}
+"""
+KEYS = {  # as version 0.1 made them before references were typed
+    "sft": "da76609764c18089",
+    "sft-merge": "3276b56bdd4f8950",
+    "cache": "d9c9dbdf2bc0601c",
+    "target": "345df7664618ce1a",
+    "pairs": "0698f67fc80b7edd",
+    "grpo": "2a282398af61d97a",
+}
+
+
 # What is refused
 
 
@@ -258,6 +432,7 @@ def test_data_that_no_stage_will_write(chain, started, capsys, changes, pairs, s
         ({"output_dir": None}, {}, "chain.yaml: output_dir must be the folder of the whole chain, got None"),
         ({"stages": []}, {}, "chain.yaml: stages must be a list of mappings, as in `- command: sft`"),
         ({}, {"dpo": {"command": "ppo"}}, "stage dpo: command must be one of sft, dpo, "),
+        ({}, {"dpo": {"command": ["dpo"]}}, "stage dpo: command must be one of sft, dpo, "),
         ({}, {"dpo": {"name": "a/b"}}, "stage a/b: name must be of letters"),
         ({}, {"dpo": {"name": "sft"}}, "stage sft: the name is taken, give it another `name`"),
         ({}, {"dpo": {"handoff": "split"}}, "stage dpo: handoff must be one of auto, merge, adapter, got 'split'"),
@@ -301,6 +476,11 @@ def test_data_that_no_stage_will_write(chain, started, capsys, changes, pairs, s
             "stage grpo: reward_funcs: my_rewards.shrt: there is no shrt",
         ),
         ({}, {"grpo": {"reward_funcs": "no_such.x"}}, "stage grpo: reward_funcs: no_such.x: importing no_such failed"),
+        (
+            {},
+            {"grpo": {"reward_funcs": "my_rewards.py:short"}},
+            "stage grpo: reward_funcs: my_rewards.py:short: TRL takes",
+        ),
         ({}, {"grpo": {"reward_funcs": None}}, "stage grpo: no reward: set reward_funcs"),
         ({}, {"grpo": {"num_generations": 3}}, "stage grpo: generation_batch_size"),
         ({}, {"sft": {"loss": "target_sft"}}, "stage sft: loss 'target_sft' needs a teacher"),
@@ -422,9 +602,28 @@ def test_a_function_of_a_module_elsewhere_is_an_input(chain, started, workplace,
     file.write_text(REWARDS + "\n# changed\n")
     assert main(["chain", "--config", config]) == 0
     assert ran(started) == ["grpo"]
-    assert keys._module_file("my_package.rules:short") == file
-    for none in ("accuracy_reward", "no_such.x", "my_package.no.x", "trl.rewards.x", "..x", "a/b.py:x", "sys.x"):
-        assert keys._module_file(none) is None
+    assert user_code.file_of("my_package.rules") == file
+    for none in ("", "no_such", "my_package.no", "trl.rewards", ".", "a/b.py", "sys"):
+        assert user_code.file_of(none) is None
+
+
+def test_the_file_of_a_module_in_a_folder_without_init(tmp_path, monkeypatch):
+    """As recipes/smollm2-135m/rewards.py has it: namespace packages, one with a name that is no identifier."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    file = Path("namespace-1/two/rules.py").absolute()
+    file.parent.mkdir(parents=True)
+    file.write_text("one = 1\n")
+    assert user_code.file_of("namespace-1.two.rules") == file
+    assert user_code.file_of("namespace-1.three.rules") is None
+    assert user_code.file_of("namespace-1.two") is None
+    assert user_code.load("namespace-1.two.rules").one == 1
+
+
+def test_the_command_line_needs_no_file_locks():
+    """Windows has no fcntl, and every command that lists all options imports the chain's parser."""
+    code = "import sys; sys.modules['fcntl'] = None; from trl_qtarget.chain.run import make_parser; make_parser()"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
 def test_help_and_readme_agree_on_several_machines(capsys):
@@ -547,7 +746,7 @@ def test_a_moved_chain_is_still_done(chain, started):
     ],
 )
 def test_step0(command, row, metric):
-    tolerance = plan.TOLERANCE if command in plan.REFERENCED else None
+    tolerance = chain_file.TOLERANCE if command in commands.STEP0_CHECKED else None
     stage = plan.Stage("x", command, Path("x"), {}, tolerance)
     if metric is None:
         execute.check_step0(stage, row)

@@ -11,7 +11,8 @@ import yaml
 
 import trl_qtarget
 from benchmarks import chains
-from trl_qtarget.chain.plan import read, resolve
+from trl_qtarget.chain.chain_file import read
+from trl_qtarget.chain.plan import resolve
 from trl_qtarget.chain.validate import options, validate
 
 

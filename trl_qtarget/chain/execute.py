@@ -1,7 +1,7 @@
-"""Runs a stage's command, reads its log as it grows, and stops it when its first step is not what it must be.
+"""Runs a stage's command, reads its log as it grows, and stops it when its first step shows a wrong reference model.
 
-The command writes its log file itself, so nothing of it is lost when the chain is killed. Metrics are the mappings
-that trainers print; that needs no hook in them, and works for every command and every number of processes.
+The command writes its log file itself, so that no line is lost when the chain is killed. Metrics are the mappings that
+trainers print. Reading them needs no hook in a trainer, and works for every command and any number of processes.
 """
 
 import ast
@@ -20,35 +20,35 @@ import psutil
 from .plan import Stage
 
 
-MARK = "TRL_QTARGET_STAGE"  # in the environment of a stage's processes: its folder
+MARK = "TRL_QTARGET_STAGE"  # the environment variable by which a stage's processes are found: it holds its folder
 METRICS = re.compile(r"\{'[^{}]*\}")
-STEP0 = {  # what must be zero while the model is still its own reference, and what it means if it is not
+STEP0 = {  # the metrics that are zero as long as the model equals its reference, and what each one measures
     "rewards/chosen": "the reward of chosen completions against the reference",
     "rewards/rejected": "the reward of rejected completions against the reference",
     "rewards/margins": "the margin against the reference",
     "kl": "the divergence from the reference",
     "clip_ratio/region_mean": "the share of tokens whose ratio to the sampling policy is clipped",
 }
-POLL = 0.2  # seconds
+POLL = 0.2  # seconds between two looks at a log
 
 
 class StepZero(RuntimeError):
-    """The first step of a stage shows that its model is not its reference."""
+    """A first step which shows that the model of a stage does not equal its reference."""
 
 
 def metrics(lines: Iterable[str]) -> list[dict[str, float]]:
-    """The mappings of numbers among a log's lines, in their order."""
-    found = []
+    """Return the mappings of numbers in a log's lines, in their order."""
+    rows = []
     for line in lines:
         for text in METRICS.findall(line):
             with suppress(ValueError, SyntaxError, TypeError):
                 values = ast.literal_eval(text)
-                found.append({str(name): float(value) for name, value in values.items()})
-    return found
+                rows.append({str(name): float(value) for name, value in values.items()})
+    return rows
 
 
 def history(log: Path) -> list[dict[str, float]]:
-    """A stage's metrics over all attempts; steps that were repeated after a resume count once, as the last time."""
+    """Return a stage's metrics over all attempts; of steps that a resumed attempt repeated, only the last values."""
     rows = metrics(log.read_text(encoding="utf-8", errors="replace").splitlines()) if log.is_file() else []
     kept: list[dict[str, float]] = []
     for row in rows:
@@ -56,7 +56,7 @@ def history(log: Path) -> list[dict[str, float]]:
         start = len(kept)
         while start and kept[start - 1].get("epoch", -math.inf) >= now:
             start -= 1
-        # of the same moment there may be an evaluation or a summary too
+        # rows with the same epoch and other metrics are kept: an evaluation, or a summary
         again = (i for i, old in enumerate(kept[start:], start) if old["epoch"] > now or old.keys() == row.keys())
         del kept[next(again, len(kept)) :]
         kept.append(row)
@@ -64,13 +64,13 @@ def history(log: Path) -> list[dict[str, float]]:
 
 
 def check_step0(stage: Stage, first: dict[str, float]) -> None:
-    """Whether the model was its own reference, from the metrics of the first step, which come before its update.
+    """Check that the model equals its reference, by the metrics of the first step, which come before its update.
 
     DPO, KTO: log pi - log pi_ref = 0, so every reward is 0. GRPO, RLOO: KL(pi, pi_ref) = 0 where there is a reference
-    (beta > 0), and no ratio to the sampling policy is clipped, as it is 1.
+    (beta > 0), and no ratio to the sampling policy is clipped, because every ratio is 1.
 
     Raises:
-        StepZero: which metric says otherwise, and what may be the reason.
+        StepZero: a metric is not 0 within the stage's tolerance.
     """
     names = STEP0 if stage.command != "kto" else {name: text for name, text in STEP0.items() if name != "kl"}
     if stage.tolerance is None:
@@ -79,21 +79,24 @@ def check_step0(stage: Stage, first: dict[str, float]) -> None:
         value = first.get(name, 0.0)
         if not abs(value) <= stage.tolerance:
             raise StepZero(
-                f"at the first step {name} is {value:g}, not 0 within {stage.tolerance:g}: {meaning} is there before "
-                "anything was learned. The stage compares its model with another one (look at its reference, its "
-                "adapters and its dropout). step0_tolerance in its settings moves the limit, null turns this off"
+                f"at the first step {name} is {value:g}, not 0 within {stage.tolerance:g}: {meaning} is not zero "
+                "before the model has learned anything, so the stage compares its model with another one. Look at its "
+                "reference, its adapters and its dropout; `step0_tolerance: NUMBER` in its settings moves the limit, "
+                "`step0_tolerance: null` turns this check off"
             )
 
 
 def execute(
     stage: Stage, words: list[str], fresh: bool, show: Callable[[dict[str, float]], None] = lambda row: None
 ) -> int:
-    """Run `trl-qtarget` with `words` into the stage's log. Returns its exit code.
+    """Run `trl-qtarget` with `words` into the stage's log, and return its exit code.
 
-    `fresh`: it starts at its first step, which is checked.
+    Args:
+        fresh: whether the stage starts at its first step, which is then checked, and its log anew
+        show: is called with each row of metrics
 
     Raises:
-        StepZero: it was stopped after its first step.
+        StepZero: the stage was stopped after its first step.
     """
     from ..options.launching import children_stopped
 
@@ -113,11 +116,11 @@ def execute(
                 return process.returncode
         finally:
             if process is not None:
-                process.wait()  # it has ended, or was
+                process.wait()  # it has ended or was stopped
 
 
 def _rows(log: Path, start: int, process: subprocess.Popen) -> Iterator[dict[str, float]]:
-    """The metrics that a process writes into its log, until it ends."""
+    """Yield the metrics that a process writes into its log, until the process ends."""
     with log.open(encoding="utf-8", errors="replace", newline="") as reader:
         reader.seek(start)
         rest, ended = "", False
@@ -130,7 +133,7 @@ def _rows(log: Path, start: int, process: subprocess.Popen) -> Iterator[dict[str
 
 
 def end_orphans(folder: Path) -> int:
-    """End what a killed chain left running in a stage's folder. Returns how many processes that were."""
+    """End the processes that a killed chain left running in a stage's folder, and return their number."""
     orphans = []
     for process in psutil.process_iter():
         with suppress(psutil.Error, OSError):
@@ -148,7 +151,7 @@ def end_orphans(folder: Path) -> int:
 
 
 def last_lines(log: Path, number: int = 15) -> list[str]:
-    """The end of a log, without progress bars and empty lines."""
+    """Return the last lines of a log, without progress bars and empty lines."""
     text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
     lines = [line.rstrip() for line in re.split(r"[\r\n]", text)]
     return [line for line in lines if line.strip() and not re.search(r"\d+%\|", line)][-number:]

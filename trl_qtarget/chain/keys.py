@@ -1,9 +1,10 @@
-"""What a stage's result depends on, as one key, and the record in its folder that says which key it was made for.
+"""The key of a stage, made of everything that its result depends on, and the record of the key in the stage's folder.
 
-    key = sha256(command, settings as written, fingerprints of local inputs, keys of the stages it reads)
+    key = sha256(command, settings as written, fingerprints of local inputs, keys of the stages that it reads)
 
-Names of the Hub stand for themselves, and versions of packages are recorded but are no part of the key: an upgrade
-does not throw away hours of training. The chain's own folder is no part of it either, so a chain can be moved.
+A name on the Hub is part of the key as a name. Versions of packages are recorded beside the key and are no part of it,
+so an upgrade does not throw away hours of training. The chain's own folder is no part of it either, so that a chain
+can be moved.
 """
 
 import hashlib
@@ -11,41 +12,40 @@ import json
 import math
 import os
 import shutil
-import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from importlib.machinery import PathFinder
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ..files import write_text as write
-from .plan import Stage, plain
+from ..files import write_text
+from ..user_code import file_of
+from .nodes import Reference, changed, plain
+from .plan import Stage
 
 
-WHOLE = 16 * 2**20  # bytes: files up to here are read, larger ones are told apart by size and time
+READ_WHOLE = 16 * 2**20  # bytes: the fingerprint of a larger file is its size and time instead of its contents
 RECORD = "stage.json"
-FUNCTIONS = ("reward_funcs", "loss", "verifier")  # settings that may name a function of a module
+FUNCTIONS = ("reward_funcs", "loss", "verifier")  # settings that may name a function of the user's
 
 
 @dataclass
 class Record:
-    """What happened to a stage. `state` is running, failed or done."""
+    """The history of a stage. `state` is running, failed or done."""
 
     key: str
     state: str = "running"
     seconds: float = 0.0  # over all attempts
     attempts: int = 0
     metric: str = ""
-    words: list[str] = field(default_factory=list)  # of its command, beside its YAML file
+    words: list[str] = field(default_factory=list)  # of the command line, after the YAML file
     versions: dict[str, str] = field(default_factory=dict)
 
     def save(self, folder: Path) -> None:
-        write(folder / RECORD, json.dumps(asdict(self), indent=2) + "\n")
+        write_text(folder / RECORD, json.dumps(asdict(self), indent=2) + "\n")
 
 
 def record(folder: Path) -> Record | None:
-    """The record in a stage's folder, if there is a readable one."""
+    """Return the record in a stage's folder, None if there is no readable one."""
     try:
         return Record(**json.loads((folder / RECORD).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
@@ -53,76 +53,59 @@ def record(folder: Path) -> Record | None:
 
 
 def is_done(stage: Stage, key: str) -> bool:
-    """Whether the stage's output is there and was made for this key."""
-    found = record(stage.folder)
-    return found is not None and (found.key, found.state) == (key, "done") and stage.output.is_dir()
+    """Whether the stage's output exists and was made for this key."""
+    last = record(stage.folder)
+    return last is not None and (last.key, last.state) == (key, "done") and stage.output.is_dir()
 
 
 def keys(stages: Iterable[Stage]) -> dict[str, str]:
-    """Each stage's key, by name."""
+    """Return each stage's key, by name."""
     known: dict[str, str] = {}
-    outputs: dict[str, str] = {}  # by the stage's name
     for stage in stages:
-        known[stage.name] = _key(stage, outputs, known)
-        outputs[stage.name] = str(stage.output)
+        known[stage.name] = _key(stage, known)
     return known
 
 
-def inputs(stage: Stage, outputs: dict[str, str]) -> list[str]:
-    """The names of the stages whose `outputs` it reads."""
-    texts = [text for node in stage.settings.values() for text in _texts(plain(node))]
-    return [name for name, path in outputs.items() if any(_inside(text, path) for text in texts)]
-
-
-def _key(stage: Stage, outputs: dict[str, str], known: dict[str, str]) -> str:
+def _key(stage: Stage, known: Mapping[str, str]) -> str:
     own = {"output_dir", "teacher_cache"} if stage.command == "cache" else {"output_dir"}
-    settings = {key: plain(node) for key, node in stage.settings.items() if key not in own}
-    texts = sorted(set(_texts(settings)))
-    local = {text: _fingerprint(text) for text in texts if not any(_inside(text, path) for path in outputs.values())}
+    settings = {
+        # the key of a stage that is read stands in place of its folder
+        key: plain(changed(node, lambda node: node.named(known) if isinstance(node, Reference) else node))
+        for key, node in stage.settings.items()
+        if key not in own
+    }
+    local = {text: _fingerprint(text) for text in _texts(settings)}
     for text in _texts([settings.get(key) for key in FUNCTIONS]):
-        file = None if local.get(text) else _module_file(text)
-        local |= {text: _digest([file])} if file else {}
-    content = [
-        stage.command,
-        _relocated(settings, {path: known[name] for name, path in outputs.items()}),
-        {text: print_ for text, print_ in local.items() if print_},
-    ]
+        file = file_of(text.rpartition(":" if ":" in text else ".")[0])
+        local[text] = local[text] or (file and _digest([file]))
+    content = [stage.command, _with_text_keys(settings), {text: digest for text, digest in local.items() if digest}]
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def _relocated(value: Any, keys_of: dict[str, str]) -> Any:
-    """`value` with the paths of earlier stages replaced by their keys."""
+def _with_text_keys(value: Any) -> Any:
+    """Return `value` with texts as keys of all mappings in it, which JSON can then sort."""
     if isinstance(value, dict):
-        return {str(key): _relocated(inner, keys_of) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [_relocated(inner, keys_of) for inner in value]
-    if isinstance(value, str):
-        for path, key in keys_of.items():
-            if _inside(value, path):
-                return key + value[len(path) :]
-    return value
-
-
-def _inside(text: str, path: str) -> bool:
-    return text == path or text.startswith(path + os.sep)
+        return {str(key): _with_text_keys(inner) for key, inner in value.items()}
+    return [_with_text_keys(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _texts(value: Any) -> Iterator[str]:
+    """Yield the texts among the values of mappings and lists."""
     if isinstance(value, str):
         yield value
-    elif isinstance(value, dict):
-        for inner in value.values():
-            yield from _texts(inner)
-    elif isinstance(value, list):
-        for inner in value:
+    elif isinstance(value, dict | list):
+        for inner in value.values() if isinstance(value, dict) else value:
             yield from _texts(inner)
 
 
-# Fingerprints of what lies on this machine
+# Fingerprints of files on this machine
 
 
 def _fingerprint(text: str) -> str | None:
-    """Of the files that a setting names: data, a model, or the module of a function."""
+    """Return the fingerprint of the files that a setting may name, None if there are no such files.
+
+    The text may be a path of data or of a model, a pattern of paths, or a function of a module in this folder.
+    """
     if not text or len(text) > 4096 or "\n" in text:
         return None
     module, _, _ = text.partition(":")
@@ -134,28 +117,8 @@ def _fingerprint(text: str) -> str | None:
     return _digest(found) if found else None
 
 
-def _module_file(text: str) -> Path | None:
-    """Where the module of `module.function` or `module:function` lies. Nothing is imported, so parents are searched.
-
-    Installed packages are none of ours: their versions are no part of the key.
-    """
-    name = text.partition(":")[0] if ":" in text else text.rpartition(".")[0]
-    if not name:
-        return None  # one of ours or TRL's
-    found, folders, parts = None, [str(Path.cwd()), *sys.path], name.split(".")
-    try:
-        for depth in range(1, len(parts) + 1):
-            whole = ".".join(parts[:depth])
-            found = PathFinder.find_spec(whole, folders) or (find_spec(whole) if depth == 1 else None)
-            folders = list(found.submodule_search_locations or []) if found else []
-    except (ImportError, AttributeError, ValueError, KeyError):  # names that are none, namespaces within namespaces
-        return None
-    file = Path(found.origin) if found and found.has_location and found.origin else None
-    return None if file is None or {"site-packages", "dist-packages"} & {*file.parts} or not file.is_file() else file
-
-
 def _is_input(path: Path) -> bool:
-    """A file, or a folder that the chain does not itself run in."""
+    """Whether the path is a file, or a folder other than the working directory and those above it."""
     try:
         return path.is_file() or (path.is_dir() and not Path.cwd().resolve().is_relative_to(path.resolve()))
     except OSError:
@@ -165,7 +128,7 @@ def _is_input(path: Path) -> bool:
 def _digest(paths: Iterable[Path]) -> str:
     total = hashlib.sha256()
     for path in paths:
-        # a model's folder is what lies in it directly: checkpoints below it come and go
+        # of a model's folder only the files directly in it count: checkpoints below it come and go
         deep = path.is_dir() and not any((path / name).is_file() for name in ("config.json", "adapter_config.json"))
         files = [path] if path.is_file() else sorted(path.rglob("*") if deep else path.glob("*"))
         for file in files:
@@ -176,21 +139,21 @@ def _digest(paths: Iterable[Path]) -> str:
 
 def _content(file: Path) -> bytes:
     status = file.stat()
-    if status.st_size > WHOLE:
+    if status.st_size > READ_WHOLE:
         return f"{status.st_size} {status.st_mtime_ns}".encode()
     return hashlib.sha256(file.read_bytes()).digest()
 
 
-# Folders
+# Folders of stages
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The last checkpoint that was written to its end, and that training goes on from.
+    """Return the last complete checkpoint that training can continue from.
 
-    After the last step Trainer would take one more before it looks at max_steps, so that one is left out.
+    A checkpoint of the last step is left out: from it Trainer takes one more step before it looks at max_steps.
     """
     numbered = sorted(folder.glob("checkpoint-*"), key=lambda path: _number(path.name))
-    return next((path for path in reversed(numbered) if _goes_on(path)), None)
+    return next((path for path in reversed(numbered) if _can_continue(path)), None)
 
 
 def _number(name: str) -> int:
@@ -198,18 +161,19 @@ def _number(name: str) -> int:
     return int(tail) if tail.isdigit() else -1
 
 
-def _goes_on(checkpoint: Path) -> bool:
-    try:  # the trainer state is written last
+def _can_continue(checkpoint: Path) -> bool:
+    """Whether a checkpoint is complete, has steps left, and holds an optimizer."""
+    try:  # the trainer's state is written last
         state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
     if state.get("global_step", 0) >= state.get("max_steps", math.inf):
         return False
-    # without an optimizer it was saved with save_only_model, and training cannot go on from it
+    # save_only_model leaves the optimizer out
     return any(any(checkpoint.glob(name)) for name in ("optimizer*", "global_step*", "pytorch_model_fsdp*"))
 
 
 def move_aside(folder: Path) -> Path:
-    """Keep what was made for other settings: NAME.old-1, NAME.old-2, ..."""
+    """Move the folder of a stage that runs again to NAME.old-1, NAME.old-2, ..., and return its new path."""
     number = 1 + max((_number(path.name) for path in folder.parent.glob(f"{folder.name}.old-*")), default=0)
     return Path(shutil.move(folder, folder.with_name(f"{folder.name}.old-{number}")))

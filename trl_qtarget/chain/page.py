@@ -1,19 +1,20 @@
-"""What came of a chain: a table, and one HTML page with each stage's curves and nothing from elsewhere."""
+"""The results of a chain: a table, and one self-contained HTML page with the curves of each stage."""
 
 import json
+import shlex
 from collections import defaultdict
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from ..evaluation.report import with_error
-from ..files import write_text as write
+from ..files import write_text
 from .execute import history
 from .keys import Record
 from .plan import Stage
 
 
-MAIN = {  # the first of these that a stage reports
+MAIN_METRICS = {  # of a command's metrics the first that its log has
     "sft": ("nll", "loss"),
     "dpo": ("rewards/margins", "loss"),
     "kto": ("rewards/margins", "loss"),
@@ -22,6 +23,7 @@ MAIN = {  # the first of these that a stage reports
     "reward": ("accuracy", "loss"),
     "merge": ("logit_difference",),
 }
+COLUMNS = ("stage", "command", "seconds", "metric", "output")
 CURVES = ("loss", "nll", "reward", "kl", "rewards/margins", "rewards/accuracies", "accuracy", "entropy", "grad_norm")
 WIDTH, HEIGHT, MARGIN = 320, 140, 8
 STYLE = (
@@ -33,11 +35,11 @@ STYLE = (
 
 
 def main_metric(stage: Stage) -> str:
-    """A stage's last main metric, as text; of each model where one evaluation has several."""
+    """Return the last value of a stage's main metric as text; of an evaluation the Average@k of each model."""
     if stage.command == "eval":
         return _average(stage.output / "results.json")
     rows = history(stage.log)
-    for name in MAIN.get(stage.command, ()):
+    for name in MAIN_METRICS.get(stage.command, ()):
         values = [row[name] for row in rows if name in row]
         if values:
             return f"{name} {values[-1]:.4g}"
@@ -45,6 +47,7 @@ def main_metric(stage: Stage) -> str:
 
 
 def _average(file: Path) -> str:
+    """Return the Average@k of each model in an evaluation's results, "" if there are no readable results."""
     try:
         results = json.loads(file.read_text(encoding="utf-8"))["results"]
         averages = [with_error(result["average_at_k"], result["average_at_k_se"]) for result in results]
@@ -54,53 +57,49 @@ def _average(file: Path) -> str:
 
 
 def table(stages: list[Stage], records: dict[str, Record], done: set[str]) -> Any:
-    """The summary of a run."""
+    """Return the summary of a run."""
     from rich.table import Table
 
-    out = Table("stage", "command", "seconds", "metric", "output", "", box=None, pad_edge=False)
+    out = Table(*COLUMNS, "", box=None, pad_edge=False)
     for stage in stages:
-        made = records[stage.name]
-        note = "done before" if stage.name in done else "resumed" if made.attempts > 1 else ""
-        out.add_row(stage.name, stage.command, f"{made.seconds:.0f}", made.metric, str(stage.output), note)
+        note = "done before" if stage.name in done else "resumed" if records[stage.name].attempts > 1 else ""
+        out.add_row(*_row(stage, records[stage.name]), note)
     return out
 
 
+def _row(stage: Stage, record: Record) -> tuple[str, ...]:
+    return stage.name, stage.command, f"{record.seconds:.0f}", record.metric, str(stage.output)
+
+
 def write_page(folder: Path, stages: list[Stage], records: dict[str, Record]) -> Path:
-    rows = [
-        (
-            stage.name,
-            stage.command,
-            f"{records[stage.name].seconds:.0f}",
-            records[stage.name].metric,
-            str(stage.output),
-        )
-        for stage in stages
-    ]
+    """Write `chain.html` into the chain's folder, and return its path."""
+    rows = [_row(stage, records[stage.name]) for stage in stages]
     cells = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    head = "".join(f"<th>{name}</th>" for name in ("stage", "command", "seconds", "metric", "output"))
+    head = "".join(f"<th>{name}</th>" for name in COLUMNS)
     parts = "".join(_section(stage, records[stage.name]) for stage in stages)
     text = (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(str(folder))}</title>'
         f"<style>{STYLE}</style><h1>{escape(str(folder))}</h1><table><tr>{head}</tr>{cells}</table>{parts}</html>\n"
     )
     file = folder / "chain.html"
-    write(file, text)
+    write_text(file, text)
     return file
 
 
 def _section(stage: Stage, record: Record) -> str:
+    """Return the part of the page for one stage: its command line, and a curve of each metric."""
     curves: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for number, row in enumerate(history(stage.log)):
         for name, value in row.items():
             if name in CURVES or name.startswith(("qtarget/", "eval_loss")):
                 curves[name].append((row.get("epoch", float(number)), value))
     drawn = "".join(_curve(name, points) for name, points in curves.items() if len(points) > 1)
-    command = " ".join([*stage.by_hand, *record.words])
+    command = shlex.join([*stage.command_line, *record.words])
     return f"<h2>{escape(stage.name)}</h2><p><code>{escape(command)}</code></p>{drawn}"
 
 
 def _curve(name: str, points: list[tuple[float, float]]) -> str:
-    """One metric over epochs, as SVG with its range in words."""
+    """Return the curve of one metric over epochs as SVG, with its range as text."""
     points = [(x, y) for x, y in points if y == y and abs(y) != float("inf")]
     if not points:
         return ""

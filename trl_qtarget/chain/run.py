@@ -1,8 +1,8 @@
-"""`trl-qtarget chain`: validate, skip what is done, run the rest, and say what came of it."""
+"""`trl-qtarget chain`: check all stages, skip those that are done, run the others, and show the results."""
 
 import argparse
-import fcntl
 import json
+import shlex
 import shutil
 import sys
 import time
@@ -15,23 +15,24 @@ from typing import Any
 import yaml
 
 from .. import __version__
-from ..files import write_text as write
+from ..files import write_text
 from . import execute, page
+from .chain_file import Chain, Mistakes, read
 from .keys import Record, is_done, keys, move_aside, newest_checkpoint, record
-from .plan import Chain, Mistakes, Stage, read, resolve
+from .plan import Stage, resolve
 
 
 PROG = "trl-qtarget chain"
 EPILOG = """\
-A second run skips what is done and resumes inside a stage from its newest checkpoint. A stage is done again when its
-settings, its local inputs or a stage that it reads have changed; what it had made is kept as NAME.old-1. A chain runs
-on one machine, its stages one after the other, with several processes if they have accelerate's options; on several
-machines run the stages' commands by hand.
+A second run skips stages that are done, and resumes an interrupted stage from its newest checkpoint. A stage runs
+again when its settings, its local inputs or a stage that it reads have changed; its old folder is kept as NAME.old-1.
+A chain runs on one machine, its stages one after the other, with several processes if they have accelerate's options;
+on several machines run the stages' commands by hand.
 """
 
 
 def main(argv: list[str]) -> int:
-    """Exit codes: 0, 1 when a stage failed, 2 for mistakes, 130 after Ctrl-C."""
+    """Run a chain. Return 0, 1 after a stage that failed, 2 after mistakes in the chain, 130 after Ctrl-C."""
     args = make_parser().parse_args(argv)
     try:
         chain = read(args.config)
@@ -51,7 +52,10 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--config", required=True, metavar="FILE", help="the chain: output_dir, defaults, stages")
     parser.add_argument("--dry_run", action="store_true", help="look for mistakes, show the plan, and start nothing")
     parser.add_argument(
-        "--from", dest="first", metavar="NAME", help="do this stage and those after it again; the others must be done"
+        "--from",
+        dest="first",
+        metavar="NAME",
+        help="run this stage and those after it again; those before must be done",
     )
     parser.add_argument("--to", dest="last", metavar="NAME", help="stop after this stage")
     return parser
@@ -64,21 +68,21 @@ def _run(chain: Chain, args: argparse.Namespace) -> int:
     # a log has no width: paths in its tables stay whole
     console = Console(markup=False, highlight=False, soft_wrap=not terminal, width=None if terminal else 1000)
     stages = resolve(chain, _options(chain, args.dry_run))
-    made = keys(stages)
-    stages, again = _selected(stages, made, args)
-    done = {stage.name for stage in stages if stage.name not in again and is_done(stage, made[stage.name])}
+    key_of = keys(stages)
+    stages, again = _selected(stages, key_of, args)
+    done = {stage.name for stage in stages if stage.name not in again and is_done(stage, key_of[stage.name])}
     ready: dict[str, Any] = {}
     if chain.mistakes or len(done) < len(stages):
         ready = _validated(chain, stages, done)
     if args.dry_run:
-        console.print(_plan(stages, made, done, again, ready))
+        console.print(_plan(stages, key_of, done, again, ready))
         return 0
     for number, stage in enumerate(stages, start=1):
         if stage.name in done:
             console.print(f"[{number}/{len(stages)}] {stage.name}: done before")
             continue
         console.print(f"[{number}/{len(stages)}] {stage.name}: {stage.command}, log in {stage.log}")
-        failure = run_stage(stage, made[stage.name], ready[stage.name], stage.name in again, console)
+        failure = run_stage(stage, key_of[stage.name], ready[stage.name], stage.name in again, console)
         if failure:
             for line in failure:
                 print(line, file=sys.stderr)
@@ -91,24 +95,29 @@ def _run(chain: Chain, args: argparse.Namespace) -> int:
 
 
 def _validated(chain: Chain, stages: list[Stage], done: set[str]) -> dict[str, Any]:
+    """Return the stages that are not done, ready to run.
+
+    Raises:
+        Mistakes: all that are found in the chain.
+    """
     from .inputs import full_disk
     from .validate import validate
 
     ready, wrong = validate(stages, done)
-    found = [*chain.mistakes, *wrong]
+    mistakes = [*chain.mistakes, *wrong]
     for stage in stages:
         if record(stage.folder) is None and stage.folder.exists() and any(stage.folder.iterdir()):
-            found.append(
+            mistakes.append(
                 f"stage {stage.name}: {stage.folder} is no stage of a chain: choose another output_dir or name"
             )
-    found += full_disk([stage for stage in stages if stage.name not in done], chain.output_dir)
-    if found:
-        raise Mistakes(*found)
+    mistakes += full_disk([stage for stage in stages if stage.name not in done], chain.output_dir)
+    if mistakes:
+        raise Mistakes(*mistakes)
     return ready
 
 
-def _selected(stages: list[Stage], made: dict[str, str], args: argparse.Namespace) -> tuple[list[Stage], set[str]]:
-    """The stages up to `--to`, and the names of those that `--from` does again although they are done."""
+def _selected(stages: list[Stage], key_of: dict[str, str], args: argparse.Namespace) -> tuple[list[Stage], set[str]]:
+    """Return the stages up to `--to`, and the names of those that are done and that `--from` runs again."""
     names = [stage.name for stage in stages]
     for option, name in (("--from", args.first), ("--to", args.last)):
         if name is not None and name not in names:
@@ -120,45 +129,43 @@ def _selected(stages: list[Stage], made: dict[str, str], args: argparse.Namespac
     if args.first is None:
         return stages, set()
     for stage in stages[:start]:
-        if not is_done(stage, made[stage.name]):
+        if not is_done(stage, key_of[stage.name]):
             raise Mistakes(f"--from {args.first}: stage {stage.name} before it is not done with these settings")
-    return stages, {stage.name for stage in stages[start:] if is_done(stage, made[stage.name])}
+    return stages, {stage.name for stage in stages[start:] if is_done(stage, key_of[stage.name])}
 
 
 # One stage
 
 
 def run_stage(stage: Stage, key: str, ready: Any, again: bool, console: Any) -> list[str]:
-    """Run a stage to its end. Returns what to say if it failed."""
+    """Run a stage to its end. Return the lines that say how it failed, none if it did not."""
     orphans = execute.end_orphans(stage.folder)
     if orphans:
         console.print(f"  ended {orphans} process(es) that a killed chain had left behind")
-    old = record(stage.folder)
-    if old is not None and (again or old.key != key):
-        console.print(f"  what it had made is now {move_aside(stage.folder)}")
-        old = None
-    now = old or Record(key)
+    last = record(stage.folder)
+    if last is not None and (again or last.key != key):
+        console.print(f"  the folder of the last run is now {move_aside(stage.folder)}")
+        last = None
+    now = last or Record(key)
     now.state, now.attempts, now.versions = "running", now.attempts + 1, _versions()
     now.words = ready.words
     now.save(stage.folder)
     checkpoint = newest_checkpoint(stage.output)
-    if checkpoint is None and stage.command != "cache":  # a cache goes on by itself
+    if checkpoint is None and stage.command != "cache":  # a cache resumes from its own shards
         shutil.rmtree(stage.output, ignore_errors=True)
     if checkpoint is not None:
         console.print(f"  goes on from {checkpoint}")
     elif ready.unchecked:
         console.print(f"  {_not_checked(ready)}")
-    write(
-        stage.config,
-        f"# {' '.join([*stage.by_hand, *ready.words])}\n" + yaml.safe_dump(ready.settings, sort_keys=False),
-    )
-    words = [*stage.by_hand[1:], *ready.words]
+    by_hand = shlex.join([*stage.command_line, *ready.words])
+    write_text(stage.config, f"# {by_hand}\n" + yaml.safe_dump(ready.settings, sort_keys=False))
+    words = [*stage.command_line[1:], *ready.words]
     words += ["--resume_from_checkpoint", str(checkpoint)] if checkpoint else []
     return _attempt(stage, now, words, checkpoint is None, console)
 
 
 def _attempt(stage: Stage, now: Record, words: list[str], fresh: bool, console: Any) -> list[str]:
-    """Run its command, and write down how that went."""
+    """Run a stage's command, and record how it ended. Return the lines that say how it failed, none if it did not."""
     start, before = time.perf_counter(), now.seconds
     try:
         with console.status(stage.name) as status:
@@ -168,7 +175,7 @@ def _attempt(stage: Stage, now: Record, words: list[str], fresh: bool, console: 
             raise KeyboardInterrupt
     except execute.StepZero as wrong:
         why = str(wrong)
-        shutil.rmtree(stage.output, ignore_errors=True)  # nothing may go on from it
+        shutil.rmtree(stage.output, ignore_errors=True)  # a next attempt must not resume from it
     finally:
         now.seconds = round(before + time.perf_counter() - start, 2)
         now.save(stage.folder)
@@ -181,7 +188,7 @@ def _attempt(stage: Stage, now: Record, words: list[str], fresh: bool, console: 
         console.print(f"  {now.seconds:.0f} s  {now.metric}")
         return []
     ending = [f"    {line}" for line in execute.last_lines(stage.log)]
-    by_hand = " ".join(["trl-qtarget", *words])
+    by_hand = shlex.join(["trl-qtarget", *words])
     return [f"{PROG}: stage {stage.name} failed: {why}", *ending, f"  log: {stage.log}", f"  by hand: {by_hand}"]
 
 
@@ -197,8 +204,11 @@ def _versions() -> dict[str, str]:
 
 
 def _options(chain: Chain, dry: bool) -> dict[str, list[str]]:
-    """The settings that each command knows. They are kept, as asking the commands loads all of TRL."""
-    commands = {"merge", *(draft.command for draft in chain.drafts)}
+    """Return the names of each command's options, from a file of the chain where it has one of the same versions.
+
+    Asking the commands loads all of TRL, which would take seconds for a chain whose stages are all done.
+    """
+    commands = {"merge", *(entry.command for entry in chain.entries)}
     file, versions = chain.output_dir / "options.json", _versions()
     try:
         kept = json.loads(file.read_text(encoding="utf-8"))
@@ -208,19 +218,21 @@ def _options(chain: Chain, dry: bool) -> dict[str, list[str]]:
         pass
     from .validate import options
 
-    made = {command: options(command) for command in sorted(commands)}
+    known = {command: options(command) for command in sorted(commands)}
     if not dry:
-        write(file, json.dumps({"versions": versions, "options": made}) + "\n")
-    return made
+        write_text(file, json.dumps({"versions": versions, "options": known}) + "\n")
+    return known
 
 
 @contextmanager
 def _locked(folder: Path, dry: bool) -> Iterator[None]:
-    """One chain at a time in a folder."""
+    """Make a chain's folder and keep other chains out of it; a dry run does neither."""
     if dry:
         yield
         return
-    made = not folder.exists()
+    import fcntl  # Windows has none, and this module must load there for the other commands
+
+    new = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / ".lock").open("w")
@@ -234,24 +246,22 @@ def _locked(folder: Path, dry: bool) -> Iterator[None]:
         try:
             yield
         except Mistakes:
-            if made:
+            if new:
                 shutil.rmtree(folder)  # nothing was started
             raise
 
 
-def _plan(stages: list[Stage], made: dict[str, str], done: set[str], again: set[str], ready: dict[str, Any]) -> Any:
+def _plan(stages: list[Stage], key_of: dict[str, str], done: set[str], again: set[str], ready: dict[str, Any]) -> Any:
+    """Return the table that a dry run shows."""
     from rich.table import Table
 
-    from .keys import inputs
-
     table = Table("stage", "command", "reads", "writes", "what happens", box=None, pad_edge=False)
-    outputs: dict[str, str] = {}
     for stage in stages:
-        happens = _what_happens(stage, made[stage.name], done, again)
+        happens = _what_happens(stage, key_of[stage.name], done, again)
         if stage.name in ready and ready[stage.name].unchecked:
             happens += f"; {_not_checked(ready[stage.name])}"
-        table.add_row(stage.name, stage.command, ", ".join(inputs(stage, outputs)), str(stage.output), happens)
-        outputs[stage.name] = str(stage.output)
+        reads = ", ".join(earlier.name for earlier in stages if earlier.name in stage.reads)
+        table.add_row(stage.name, stage.command, reads, str(stage.output), happens)
     return table
 
 
@@ -260,14 +270,14 @@ def _not_checked(ready: Any) -> str:
 
 
 def _what_happens(stage: Stage, key: str, done: set[str], again: set[str]) -> str:
-    old = record(stage.folder)
+    last = record(stage.folder)
     if stage.name in done:
         return "done before, skipped"
-    if old is None:
+    if last is None:
         return "runs"
     if stage.name in again:
         return "runs again, the old one is kept aside"
-    if old.key != key:
+    if last.key != key:
         return "has changed: runs, the old one is kept aside"
     checkpoint = newest_checkpoint(stage.output)
     return f"goes on from {checkpoint.name}" if checkpoint else "starts again"

@@ -1,7 +1,7 @@
-"""What is wrong with the stages of a chain, all of it at once and before the first one starts.
+"""Finds the mistakes in all stages of a chain before the first one starts.
 
-Every stage's settings go through its command's own parser, made strict. What an earlier stage will have made by then
-is stood in for by a name that looks like the Hub's.
+The settings of every stage go through its command's own parser, made strict. For each output of an earlier stage that
+does not exist yet, the parser gets a stand-in: a made-up name of the Hub, which no check looks for on the disk.
 """
 
 import argparse
@@ -11,7 +11,7 @@ import importlib
 import io
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -24,17 +24,17 @@ from ..options import preflight
 from ..options.launching import make_launcher
 from ..options.parsing import StrictParser
 from . import inputs
-from .plan import OWN, POLICIES, REFERENCED, Stage, plain
-
-
-OURS = ("sft", "cache", "plan", "eval", "merge")
+from .chain_file import STAGE_KEYS
+from .commands import OUTPUT, PLUGIN, STEP0_CHECKED
+from .nodes import Reference, changed, plain, scalar
+from .plan import Stage
 
 
 @dataclass(frozen=True)
 class Ready:
-    """A stage as it will run: the contents of its YAML file, and words that do not go into it.
+    """A stage that can be run: the contents of its YAML file, and words of the command line that no file can hold.
 
-    `unchecked`: why nothing tells at the first step whether the model is its own reference, if that is so.
+    `unchecked` is the reason why its first step does not show whether the model equals its reference, "" if it does.
     """
 
     settings: dict[str, Any]
@@ -43,54 +43,99 @@ class Ready:
 
 
 def parser(command: str, prog: str) -> StrictParser:
-    """A command's own parser; TRL's made strict."""
-    if command in OURS:
+    """Return the parser of a command, TRL's made strict."""
+    if command in PLUGIN:
         return importlib.import_module(f"trl_qtarget.scripts.{command}").make_parser(prog=prog)
     kinds = importlib.import_module(f"trl.scripts.{command}").make_parser().dataclass_types
     return StrictParser(kinds, launcher=make_launcher(), prog=prog)
 
 
 def options(command: str) -> list[str]:
-    """The names of a command's settings, accelerate's among them where it is launched by that."""
-    made = parser(command, command)
-    own = [action.dest for action in made._actions if action.dest in made.hints]
-    return sorted({*own, "env", *(word[2:].replace("-", "_") for word in made.accelerate if word.startswith("--"))})
+    """Return the names of a command's settings, with those of accelerate if accelerate launches the command."""
+    of_command = parser(command, command)
+    own = [action.dest for action in of_command._actions if action.dest in of_command.hints]
+    launch = [word[2:].replace("-", "_") for word in of_command.accelerate if word.startswith("--")]
+    return sorted({*own, "env", *launch})
 
 
 def validate(stages: list[Stage], done: set[str]) -> tuple[dict[str, Ready], list[str]]:
-    """The stages that are not `done`, ready to run, and everything that is wrong with them."""
-    ready, found = {}, []
-    planned = {str(stage.output): f"planned/{stage.name}" for stage in stages if stage.name not in done}
+    """Return the stages that are not `done`, ready to run, and all mistakes in them."""
+    ready, mistakes = {}, []
     for stage in stages:
         if stage.name not in done:
-            ready[stage.name], wrong = _stage(stage, planned, stages)
-            found += [f"stage {stage.name}: {' '.join(line.split())}" for line in dict.fromkeys(wrong)]
-    return ready, found
+            ready[stage.name], wrong = _stage(stage, stages, done)
+            mistakes += [f"stage {stage.name}: {' '.join(line.split())}" for line in dict.fromkeys(wrong)]
+    return ready, mistakes
 
 
-def _stage(stage: Stage, planned: dict[str, str], stages: list[Stage]) -> tuple[Ready, list[str]]:
-    made = parser(stage.command, stage.command)
-    nodes = yaml.compose(_text(stage, planned), yaml.SafeLoader).value
-    with _own_environment():
-        names, launch, found = made.take([(name.value, node) for name, node in nodes], OWN)
-        # before dataclasses work on the very objects
-        settings = {name: copy.deepcopy(made.get_default(name)) for name in names}
-        given = {action.dest: copy.deepcopy(made.get_default(action.dest)) for action in made._actions}
-        values, wrong = _values(made, launch)
-        found += [*wrong, *_no_adapter(stage, stages), *_wrong(stage.command, given, _data(stages, planned))]
-        if not found:
-            found = _missing(stage.command, values)
+def _stage(stage: Stage, stages: list[Stage], done: set[str]) -> tuple[Ready, list[str]]:
+    of_command = parser(stage.command, stage.command)
+    stand_ins = StandIns(stages, done)
+    with _restored_environment():
+        names, launch, _ = of_command.take(stage.settings.items())
+        settings = {name: copy.deepcopy(of_command.get_default(name)) for name in names}
+        nodes = {key: changed(node, stand_ins.replace) for key, node in stage.settings.items()}
+        _, checked_launch, mistakes = of_command.take(nodes.items(), STAGE_KEYS)
+        # a copy, because dataclasses change the very objects that they are given
+        given = {action.dest: copy.deepcopy(of_command.get_default(action.dest)) for action in of_command._actions}
+        values, wrong = _values(of_command, checked_launch)
+        mistakes += [*wrong, *_adapter_alone(stage, stages), *_wrong(stage.command, given, stand_ins.data())]
+        if not mistakes:  # else a wrong setting may be the missing one, misspelled
+            mistakes = _missing(stage.command, values)
     environment = plain(stage.settings.get("env"))
     flags = [word for word in launch if "=" not in word]
     settings |= dict(word[2:].split("=", 1) for word in launch if "=" in word)
     settings |= {"env": environment} if environment else {}
-    back = {stand_in: path for path, stand_in in planned.items()}
-    return Ready(_replaced(settings, back), flags, _unchecked(stage, given)), [_replaced(line, back) for line in found]
+    return Ready(settings, flags, _unchecked(stage, given)), [stand_ins.shown(line) for line in mistakes]
 
 
-def _unchecked(stage: Stage, given: dict[str, Any]) -> str:
-    """Why the first step is not checked."""
-    if stage.command not in REFERENCED:
+class StandIns:
+    """Made-up names of the Hub for the outputs of stages that are not `done`, which no check looks for on the disk."""
+
+    def __init__(self, stages: list[Stage], done: set[str]):
+        self.stages = {stage.name: stage for stage in stages}
+        self.done = done
+        self.references: dict[str, Reference] = {}  # by their stand-in
+
+    def replace(self, node: yaml.ScalarNode) -> yaml.ScalarNode:
+        """Return the stand-in for a reference to an output that will be written, and any other node as it is."""
+        if not isinstance(node, Reference) or node.stages <= self.done:
+            return node
+        name = node.value
+        if self._will_exist(node):
+            name = f"stand-in/{len(self.references)}{Path(node.value).suffix}"  # the suffix tells the format of data
+        self.references[name] = node
+        return scalar(name)
+
+    def _will_exist(self, reference: Reference) -> bool:
+        """Whether a model's path is one that its stage will write: the output itself, or a checkpoint of training."""
+        if reference.path is None:
+            return True
+        name, inside = reference.path
+        command = self.stages[name].command
+        checkpoint = command != "merge" and inside.startswith("checkpoint-")
+        return not inside or checkpoint or OUTPUT[command] != "model"
+
+    def data(self) -> inputs.Planned:
+        """Return the files of data that stages will write, for each stand-in."""
+        planned = {}
+        for name, reference in self.references.items():
+            source, inside = reference.path or (None, "")
+            stage = self.stages.get(source) if source else None
+            pairs = stage is not None and stage.command == "eval" and plain(stage.settings.get("pairs"))
+            planned[name] = inside, {preferences.FILE: preferences.COLUMNS} if pairs else {}
+        return planned
+
+    def shown(self, message: str) -> str:
+        """Return a message with the real paths in place of stand-ins."""
+        for name, reference in reversed(self.references.items()):  # stand-in/12 before stand-in/1
+            message = message.replace(name, reference.value)
+        return message
+
+
+def _unchecked(stage: Stage, given: Mapping[str, Any]) -> str:
+    """Return the reason why a stage's first step is not checked, "" if it is or if its command has no such check."""
+    if stage.command not in STEP0_CHECKED:
         return ""
     if given["beta"] == 0:
         return "with beta 0 nothing of a reference is logged"
@@ -100,40 +145,22 @@ def _unchecked(stage: Stage, given: dict[str, Any]) -> str:
     return ""
 
 
-def _text(stage: Stage, planned: dict[str, str]) -> str:
-    """A stage's YAML: the nodes as they were written, so that `no` stays a word."""
-    pairs = [(yaml.ScalarNode("tag:yaml.org,2002:str", key), node) for key, node in stage.settings.items()]
-    return _replaced(yaml.serialize(yaml.MappingNode("tag:yaml.org,2002:map", pairs)), planned)
-
-
-def _replaced(value: Any, names: dict[str, str]) -> Any:
-    """`value` with some paths in its texts replaced."""
-    if isinstance(value, dict):
-        return {key: _replaced(inner, names) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [_replaced(inner, names) for inner in value]
-    if isinstance(value, str):
-        for old in sorted(names, key=len, reverse=True):
-            value = value.replace(old, names[old])
-    return value
-
-
-def _values(made: StrictParser, launch: list[str]) -> tuple[tuple[Any, ...], list[str]]:
-    """What the settings that a parser has taken come to, and why that is nothing."""
-    said = io.StringIO()
+def _values(of_command: StrictParser, launch: list[str]) -> tuple[tuple[Any, ...], list[str]]:
+    """Return the dataclasses that a parser makes of the settings it has taken, or the mistakes that prevent them."""
+    errors = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the command itself will say them
-            return made.parse(launch).values, []
+        with contextlib.redirect_stderr(errors), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the command itself will show them
+            return of_command.parse(launch).values, []
     except SystemExit:
-        return (), [line.removeprefix(f"{made.prog}: ") for line in said.getvalue().splitlines()]
-    except Exception as mistake:  # whatever a dataclass of another package says of its values
+        return (), [line.removeprefix(f"{of_command.prog}: ") for line in errors.getvalue().splitlines()]
+    except Exception as mistake:  # a dataclass of another package may raise anything
         return (), [str(mistake)]
 
 
 @contextlib.contextmanager
-def _own_environment() -> Iterator[None]:
-    """Undo what `env` of a stage and the making of training arguments set."""
+def _restored_environment() -> Iterator[None]:
+    """Undo the changes of the environment by a stage's `env` and by the making of training arguments."""
     before = dict(os.environ)
     try:
         yield
@@ -143,59 +170,52 @@ def _own_environment() -> Iterator[None]:
         os.environ.update(before)
 
 
-# What a command would find out late
+# Mistakes that a command would find out late
 
 
-def _no_adapter(stage: Stage, stages: list[Stage]) -> list[str]:
-    """The training commands of TRL load no folder that holds an adapter alone."""
-    if stage.command in ("eval", "merge"):
+def _adapter_alone(stage: Stage, stages: list[Stage]) -> list[str]:
+    """Refuse a training that starts from a folder with an adapter alone, which TRL's training commands do not load."""
+    node = stage.settings.get("model_name_or_path")
+    if stage.command in ("eval", "merge") or node is None:
         return []
-    given = plain(stage.settings.get("model_name_or_path"))
-    adapters = {str(s.output) for s in stages if s.command in POLICIES and plain(s.settings.get("use_peft")) is True}
-    local = isinstance(given, str) and Path(given, "adapter_config.json").is_file()
-    alone = given in adapters or (local and not Path(given, "config.json").is_file())
+    adapters = {stage.name for stage in stages if stage.makes_adapter}
+    alone = isinstance(node, Reference) and node.path is not None and node.path[0] in adapters
+    folder = plain(node)
+    if isinstance(folder, str) and Path(folder, "adapter_config.json").is_file():
+        alone = alone or not Path(folder, "config.json").is_file()
     if not alone:
         return []
     return [f"{stage.command} cannot start from an adapter alone, as TRL loads none: use handoff: merge before it"]
 
 
-def _data(stages: list[Stage], planned: dict[str, str]) -> inputs.Planned:
-    """The files of data that stages to come will write, by their stand-ins."""
-    pairs = {preferences.FILE: preferences.COLUMNS}
-    return {
-        planned[str(stage.output)]: pairs if stage.command == "eval" and plain(stage.settings.get("pairs")) else {}
-        for stage in stages
-        if str(stage.output) in planned
-    }
-
-
 def _wrong(command: str, given: dict[str, Any], planned: inputs.Planned) -> list[str]:
-    """Folders, data and functions that are named, and are not there."""
-    found = []
+    """Return a mistake for each folder, data set and function that a setting names and that does not exist."""
+    mistakes = []
     if command != "eval":
-        found += preflight.no_model("model_name_or_path", given["model_name_or_path"])
+        mistakes += preflight.no_model("model_name_or_path", given["model_name_or_path"])
     if command == "merge":
-        return found
+        return mistakes
     if command == "eval":
         if given["dataset"] and given["model_name_or_path"]:
-            found += inputs.wrong_data(command, given, planned) + inputs.wrong_evaluation(argparse.Namespace(**given))
-        return found
+            mistakes += inputs.wrong_data(command, given, planned)
+            mistakes += inputs.wrong_evaluation(argparse.Namespace(**given))
+        return mistakes
     if command in ("sft", "cache"):
-        found += preflight.no_model("teacher_model_name_or_path", given["teacher_model_name_or_path"])
+        mistakes += preflight.no_model("teacher_model_name_or_path", given["teacher_model_name_or_path"])
     if command == "sft" and given["teacher_cache"] is not None:
-        found += preflight.no_cache(given["teacher_cache"])
+        mistakes += preflight.no_cache(given["teacher_cache"])
     given["datasets"] = DatasetMixtureConfig(given["datasets"]).datasets
-    found += inputs.wrong_data(command, given, planned)
-    return found + (inputs.wrong_rewards(given) if given.get("reward_funcs") else [])
+    mistakes += inputs.wrong_data(command, given, planned)
+    return mistakes + (inputs.wrong_rewards(given) if given.get("reward_funcs") else [])
 
 
 def _missing(command: str, values: tuple[Any, ...]) -> list[str]:
-    """What is not given, if nothing that is given is wrong: else it may be what was meant."""
+    """Return a mistake for each setting that the command needs and that is not given."""
     if command in ("eval", "merge"):
         return []
-    if command in OURS:
+    if command in PLUGIN:
         return importlib.import_module(f"trl_qtarget.scripts.{command}").mistakes(*values)
     named = {f.name: getattr(value, f.name) for value in values for f in fields(value)}
-    found = [] if named["model_name_or_path"] else ["no model: set model_name_or_path"]
-    found += preflight.no_data(values[0], values[-1])
-    return found + (inputs.wrong_rewards(named) if command in ("grpo", "rloo") else [])
+    mistakes = [] if named["model_name_or_path"] else ["no model: set model_name_or_path"]
+    mistakes += preflight.no_data(values[0], values[-1])
+    return mistakes + (inputs.wrong_rewards(named) if command in ("grpo", "rloo") else [])

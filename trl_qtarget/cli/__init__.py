@@ -1,4 +1,4 @@
-"""The `trl-qtarget` command: TRL's own commands with ours beside them, and shell completion.
+"""The `trl-qtarget` command: TRL's commands and those of this package, and completion for shells.
 
 May import every room.
 """

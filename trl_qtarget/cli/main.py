@@ -1,6 +1,6 @@
-"""The `trl-qtarget` command: `trl` with its `sft` replaced, and a few commands of our own.
+"""The `trl-qtarget` command: TRL's commands with `sft` replaced, and the commands that this package adds.
 
-Nothing here imports torch, so that help and the table of losses are there at once.
+This module imports no torch, so that help and the table of losses are shown at once.
 """
 
 import argparse
@@ -17,12 +17,12 @@ from ..theory.presets import PRESETS, Preset, find_preset
 
 
 PROG = "trl-qtarget"
-NEEDS = {
+NEEDS = {  # an input of a loss -> its description
     "teacher": "a teacher: --teacher_model_name_or_path",
-    "reference": "the model before training, which is kept for it",
-    "reference_log_p_y": "the model before training, which is kept for it",
-    "reference_mass": "the model before training, which is kept for it",
-    "snapshot": "the model of some updates ago, which is kept for it",
+    "reference": "the model before training, which the trainer keeps",
+    "reference_log_p_y": "the model before training, which the trainer keeps",
+    "reference_mass": "the model before training, which the trainer keeps",
+    "snapshot": "the model of some updates ago, which the trainer keeps",
     "token_weight": "a `token_weight` column in the data",
 }
 
@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """All commands and what each is for, without their options."""
+    """Return a parser of all commands, each with its purpose and without its options."""
     parser = argparse.ArgumentParser(prog=PROG, allow_abbrev=False)
     parser.add_argument("--version", action="store_true", help="show the versions that matter and exit")
     subparsers = parser.add_subparsers(help="available commands", dest="command", metavar="command")
@@ -74,17 +74,17 @@ def plan(argv: list[str]) -> int:
     from ..scripts import plan as script
 
     prog = f"{PROG} plan"
-    parsed = _understood(script, prog, argv)
+    parsed = _parsed(script, prog, argv)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the training itself will say them
+            warnings.simplefilter("ignore")  # the training itself will show them
             return 0 if parsed is None else script.main(parsed)
     except ValueError as mistake:
         fail(prog, mistake)
 
 
 def evaluate(argv: list[str]) -> int:
-    """Average@k of one or more models on problems with known answers"""
+    """Measure Average@k of one or more models on problems with known answers"""
     from ..scripts import eval as script
 
     script.main(*script.make_parser(prog=f"{PROG} eval").parse_args_and_config(argv))
@@ -124,10 +124,11 @@ def completion(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog=f"{PROG} completion", description=completion.__doc__)
     parser.add_argument("shell", choices=shtab.SUPPORTED_SHELLS)
     shell = parser.parse_args(argv).shell
-    from ..chain.run import make_parser as of_chain
-    from . import completion as made
+    from ..chain.run import make_parser as chain_parser
+    from .shell_completion import script
 
-    print(made.script(shell, make_parser(), {"chain": of_chain(), "losses": _losses_parser(), "completion": parser}))
+    light = {"chain": chain_parser(), "losses": _losses_parser(), "completion": parser}
+    print(script(shell, make_parser(), light))
     return 0
 
 
@@ -150,32 +151,35 @@ def _losses_parser() -> argparse.ArgumentParser:
 
 
 def _launch(script: Any, prog: str, argv: list[str]) -> int:
-    """Run `script` under accelerate's launcher, if nothing is wrong with its command line."""
+    """Run a script under accelerate's launcher, if its command line has no mistake. Return its exit code."""
     from ..options import launching
 
-    parsed = _understood(script, prog, argv)
+    parsed = _parsed(script, prog, argv)
     return 0 if parsed is None else launching.launch(script.__name__, parsed.own, parsed.launch, prog)
 
 
-def _understood(script: Any, prog: str, argv: list[str]) -> Any:
-    """A command line, parsed; None where its settings were to be shown. What is wrong with it is said."""
-    from ..options import print_config as settings
+def _parsed(script: Any, prog: str, argv: list[str]) -> Any:
+    """Parse the command line of a script. Return None if --print_config has shown its settings instead.
+
+    Mistakes are printed, and end the process with exit code 2.
+    """
+    from ..options import print_config
     from ..options.parsing import fail
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the script itself will say them
+        warnings.simplefilter("ignore")  # the script itself will show them
         parsed = script.make_parser(prog=prog).parse(argv)
     if parsed.options.print_config:
-        settings.print_settings(parsed, settings.loss_settings(parsed))
+        print_config.print_settings(parsed, print_config.loss_settings(parsed))
         return None
-    found = script.mistakes(*parsed.values)
-    if found:
-        fail(prog, *found)
+    mistakes = script.mistakes(*parsed.values)
+    if mistakes:
+        fail(prog, *mistakes)
     return parsed
 
 
 def _commands_of_trl() -> dict[str, str]:
-    """TRL's other commands and their help. Its list is private: without it, any command is handed over unseen."""
+    """Return TRL's other commands and their help. Without TRL's list, which is private, every command is passed on."""
     try:
         from trl.cli.commands import get_commands
 
@@ -185,24 +189,26 @@ def _commands_of_trl() -> dict[str, str]:
 
 
 def _run_trl(argv: list[str]) -> int:
+    """Run a command of TRL. Return its exit code."""
     try:
         from trl.cli import main as trl
     except ImportError:
         return subprocess.call(["trl", *argv])
     try:
         return trl(argv)
-    except subprocess.CalledProcessError as ended:  # the script has said why; the launcher's traceback would hide it
+    except subprocess.CalledProcessError as ended:  # the launcher's traceback would hide the script's own message
         return ended.returncode if ended.returncode >= 0 else 128 - ended.returncode
 
 
-def _print(what: Any) -> None:
+def _print(content: Any) -> None:
     from rich.console import Console
 
-    # to a file or a pipe each loss is one line, for grep
-    Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else 250).print(what)
+    # in a file or a pipe each loss is one line, so that grep finds it whole
+    Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else 250).print(content)
 
 
 def _table() -> Any:
+    """Return the table of losses."""
     from rich.table import Table
 
     table = Table("loss", "formula", "needs", "paper", box=None, pad_edge=False)
@@ -212,6 +218,7 @@ def _table() -> Any:
 
 
 def _description(name: str, preset: Preset) -> str:
+    """Return the page of one loss: its formula, arguments, needs and paper, and how to train with it."""
     hints = get_type_hints(preset.make, include_extras=True)
     arguments = [f"{key} = {value!r}    ({_range(key, hints.get(key))})" for key, value in preset.defaults.items()]
     rest = inspect.cleandoc(preset.make.__doc__ or "").split("\n\n")[2:]
@@ -223,7 +230,7 @@ def _description(name: str, preset: Preset) -> str:
     parts = {
         "formula": preset.formula,
         "arguments": "\n".join(arguments) or "none",
-        "needs": "\n".join(NEEDS.get(need, need) for need in preset.needs) or "nothing beside the data",
+        "needs": "\n".join(NEEDS.get(need, need) for need in preset.needs) or "nothing but the data",
         "paper": "none" if preset.paper == "-" else f"https://huggingface.co/papers/{preset.paper}",
         "command": usage,
         "YAML": yaml,
@@ -233,6 +240,7 @@ def _description(name: str, preset: Preset) -> str:
 
 
 def _range(name: str, hint: Any) -> str:
+    """Return the values that an argument of a loss may have, from its type."""
     if get_origin(hint) is Annotated:
         return get_args(hint)[1].text.format(name)
     return " or ".join(map(repr, get_args(hint))) or "any"

@@ -1,6 +1,6 @@
-"""The script behind `trl-qtarget completion`: it completes commands, their options, and the names of losses.
+"""`trl-qtarget completion`: a script for a shell that completes commands, their options and the names of losses.
 
-It is made once, from the commands' own parsers. After that the shell alone reads it, so that a Tab starts no Python.
+The script is made once, from the commands' own parsers. The shell then reads it alone, so that Tab starts no Python.
 """
 
 import argparse
@@ -20,15 +20,16 @@ FILES = ("config", "dataset", "config_file")
 
 
 def script(shell: str, root: argparse.ArgumentParser, light: Mapping[str, argparse.ArgumentParser]) -> str:
-    """For one of `shtab.SUPPORTED_SHELLS`.
+    """Return the script for one of `shtab.SUPPORTED_SHELLS`.
 
-    root: has all commands, which get their options here
-    light: the parsers of commands that load nothing
+    Args:
+        root: a parser of all commands without their options, which are added to it
+        light: the parsers of the commands that load neither torch nor TRL, by name
     """
     (commands,) = (action.choices for action in root._actions if isinstance(action, argparse._SubParsersAction))
     for name, command in commands.items():
         for action in light[name]._actions if name in light else _options(name):
-            # accelerate's where the command has none of that name
+            # an option of accelerate is left out where the command itself has one of its name
             words = [word for word in spellings(action) if word not in command._option_string_actions]
             if words or not action.option_strings:
                 action.option_strings = words
@@ -37,18 +38,18 @@ def script(shell: str, root: argparse.ArgumentParser, light: Mapping[str, argpar
 
 
 def _options(command: str) -> Iterator[argparse.Action]:
-    """Those of a command that loads TRL, accelerate's among them where it is launched by that."""
+    """Yield the options of a command that loads TRL, and those of accelerate if accelerate launches the command."""
     try:
-        own = parser(command, command)
-    except (ImportError, AttributeError):  # of TRL, and no script that has options
+        of_command = parser(command, command)
+    except (ImportError, AttributeError):  # a command of TRL without a script of its own
         return
-    yield from own._actions
-    yield from own.accelerate.values()
+    yield from of_command._actions
+    yield from of_command.accelerate.values()
 
 
 def _described(action: Any) -> argparse.Action:
-    """With what may follow it."""
-    names = {"loss": [*PRESETS], "name": [*PRESETS], "verifier": ["exact", "math"]}  # name: of `losses`
+    """Return an option with the values that may follow it."""
+    names = {"loss": [*PRESETS], "name": [*PRESETS], "verifier": ["exact", "math"]}  # `name` belongs to `losses`
     action.choices = names.get(action.dest, action.choices)
     if "--accelerate_config" in action.option_strings:
         action.choices = accelerate_configs()
