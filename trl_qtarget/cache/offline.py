@@ -61,8 +61,8 @@ def open_cache(args: Any, tokenizer: Any, student_columns: int, datasets: Mappin
 class CachedTeacherCollator(WrappedCollator):
     """A collator that adds the cached teacher's distribution of each label, at the position that predicts the label.
 
-    `teacher_ids` and `teacher_log_probs` are (B, T, K). `reference_log_p_y` and `reference_mass`, (B, T), are the same
-    columns that a dataset may carry, for losses that use the teacher as their reference.
+    `teacher_ids` and `teacher_log_probs` are (B, T, K). The `REFERENCE_COLUMNS`, (B, T), are columns that a dataset
+    may carry too, for losses that use the teacher as their reference.
     """
 
     def __init__(self, collator: Any, cache: TeacherCache):

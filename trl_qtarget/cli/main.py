@@ -14,17 +14,10 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 from .. import compat
 from ..theory.presets import PRESETS, Preset, find_preset
+from ..theory.target import NEEDS
 
 
 PROG = "trl-qtarget"
-NEEDS = {  # an input of a loss -> its description
-    "teacher": "a teacher: --teacher_model_name_or_path",
-    "reference": "the model before training, which the trainer keeps",
-    "reference_log_p_y": "the model before training, which the trainer keeps",
-    "reference_mass": "the model before training, which the trainer keeps",
-    "snapshot": "the model of some updates ago, which the trainer keeps",
-    "token_weight": "a `token_weight` column in the data",
-}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -219,7 +219,7 @@ class TargetSFTTrainer(SFTTrainer):
             self._metrics["train"]["qtarget/teacher_nll"].append(nll)
 
     def _forget_experts(self) -> None:
-        """Turn off the balancing loss of a model that has no experts, though its family does: its forward would fail."""
+        """Turn off the balancing loss of a model without experts in a family with some: its forward would fail."""
         self.aux_loss_enabled = False
         base_model(self.model).config.get_text_config().output_router_logits = False
 
