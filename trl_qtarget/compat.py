@@ -257,6 +257,22 @@ def summed_parts(accelerator: Any) -> int:
     return 1 if zero["stage"] == 3 and zero.get("reduce_scatter", True) else parts
 
 
+def rows_before_repeats(accelerator: Any) -> int | None:
+    """How many rows of this rank's batch the data has, if accelerate may have repeated rows in it; else None.
+
+    Only the last batch has repeated rows: its first `remainder` rows, counted over all ranks, are those of the data.
+    """
+    state = accelerator.gradient_state
+    if accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
+        return None
+    loader = state.active_dataloader
+    sampler = getattr(loader, "batch_sampler", None)
+    ranks = getattr(sampler, "num_processes", accelerator.num_processes)
+    rank = getattr(sampler, "process_index", accelerator.process_index)
+    size = loader.total_batch_size // ranks
+    return max(min(state.remainder - rank * size, size), 0)
+
+
 def shards_weights(accelerator: Any) -> bool:
     """Whether a rank holds parts of the trained weights only (FSDP, ZeRO-3)."""
     plugin = getattr(accelerator.state, "deepspeed_plugin", None)

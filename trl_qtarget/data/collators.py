@@ -24,6 +24,9 @@ class WrappedCollator:
         return getattr(self.collator, name)
 
 
+EXAMPLE = "qtarget_example"  # (1, T): which row each token of a padding-free batch comes from
+
+
 class TokenColumnCollator(WrappedCollator):
     """Adds the token columns of the rows to a batch, padded or flattened like the input ids.
 
@@ -33,6 +36,10 @@ class TokenColumnCollator(WrappedCollator):
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         batch = self.collator(examples)
+        joined = getattr(self.collator, "padding_free", False)
+        if joined:
+            lengths = torch.tensor([len(example["input_ids"]) for example in examples])
+            batch[EXAMPLE] = torch.arange(len(examples)).repeat_interleave(lengths)[None]
         for name in TOKEN_COLUMNS:
             if name not in examples[0]:
                 continue
@@ -43,7 +50,7 @@ class TokenColumnCollator(WrappedCollator):
                 )
             rows = [one_number_each(example[name], name, len(example["input_ids"])) for example in examples]
             columns = [torch.tensor(row, dtype=torch.float32) for row in rows]
-            if getattr(self.collator, "padding_free", False):
+            if joined:
                 columns = [torch.cat(columns)]
             padded = pad_sequence(columns, batch_first=True)
             batch[name] = shifted(torch.nn.functional.pad(padded, (0, batch["input_ids"].shape[1] - padded.shape[1])))

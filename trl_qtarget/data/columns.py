@@ -17,6 +17,14 @@ from ..loss.per_token import REFERENCE_COLUMNS, TOKEN_COLUMNS
 from ..theory.reference import IGNORE
 
 
+RANGES = {  # least and greatest number of each column, and its meaning
+    "token_weight": (-np.inf, np.inf, "a number that multiplies the loss"),
+    "trust": (0.0, 1.0, "gamma, a number from 0 to 1, or null"),
+    REFERENCE_COLUMNS[0]: (-np.inf, 1e-3, "a log-probability, a number of at most 0"),
+    REFERENCE_COLUMNS[1]: (0.0, 1.0 + 1e-3, "a probability mass, a number from 0 to 1"),
+}
+
+
 def token_columns(*datasets: Any) -> list[str]:
     """The token columns that all given datasets have; a dataset may be None, or a dict of datasets."""
     names: list[Collection[str]] = []
@@ -52,11 +60,11 @@ def prepared(
     if isinstance(dataset, Dataset):  # `IterableDataset.map` has no num_proc
         options["num_proc"] = args.dataset_num_proc
     if "input_ids" not in column_names(dataset):
-        dataset = dataset.map(_check_one_number, **options)
+        dataset = dataset.map(_check_one_number, with_indices=True, **options)
     uncut = copy.copy(args)
     uncut.max_length, uncut.shuffle_dataset = None, False
     dataset = prepare(dataset, processing_class, uncut, False, formatting_func, name)
-    dataset = dataset.map(_join, remove_columns=columns, **options)
+    dataset = dataset.map(_join, with_indices=True, remove_columns=columns, **options)
     dataset = prepare(dataset, processing_class, args, packing, None, name)
     return dataset.map(_split, **options)
 
@@ -74,24 +82,27 @@ def _check_prefixes(columns: list[str], args: Any, packing: bool) -> None:
         )
 
 
-def _check_one_number(row: dict[str, Any], columns: list[str]) -> dict[str, Any]:
+def _check_one_number(row: dict[str, Any], index: int, columns: list[str]) -> dict[str, Any]:
     for name in columns:
-        if np.ndim(row[name]):
+        if isinstance(row[name], list):
             raise ValueError(
-                f"A row has several numbers in {name} and no input_ids: tokenize it, or give it one number."
+                f"Row {index} has several numbers in {name} and no input_ids: tokenize it, or give it one number."
             )
+        one_number_each(row[name], name, 1, f"Row {index}")
     return row
 
 
-def _join(row: dict[str, Any], columns: list[str]) -> dict[str, Any]:
+def _join(row: dict[str, Any], index: int, columns: list[str]) -> dict[str, Any]:
     """Replace `input_ids` by vectors [id, number, ...], (T, 1 + columns), in float64, which holds every id exactly."""
     labels = row["labels"]
-    numbers = [one_number_each(row[name], name, len(labels)) for name in columns]
+    numbers = [one_number_each(row[name], name, len(labels), f"Row {index}") for name in columns]
     learnt = np.asarray(labels) != IGNORE
     for name, x in zip(columns, numbers, strict=True):
         first = int(name in REFERENCE_COLUMNS)  # no model predicts the first token
         if name != "trust" and not np.isfinite(x[first:][learnt[first:]]).all():
-            raise ValueError(f"A labelled token has no finite number in {name}: give it one, or mask its label.")
+            raise ValueError(
+                f"Row {index} has a labelled token with no finite number in {name}: give it one, or mask its label."
+            )
     return {"input_ids": np.stack([np.asarray(row["input_ids"], dtype=np.float64), *numbers], axis=1).tolist()}
 
 
@@ -102,13 +113,31 @@ def _split(row: dict[str, Any], columns: list[str]) -> dict[str, Any]:
     return {"input_ids": ids.astype(np.int64).tolist(), **dict(zip(columns, numbers, strict=True))}
 
 
-def one_number_each(given: Any, name: str, tokens: int) -> np.ndarray:  # (tokens,)
-    """One number for each token, from one number for each or one for all; None becomes NaN."""
-    x = np.asarray(given, dtype=np.float64)
-    if x.ndim == 0:
-        return x.repeat(tokens)
-    if len(x) != tokens:
+def one_number_each(given: Any, name: str, tokens: int, whose: str = "A row") -> np.ndarray:  # (tokens,)
+    """One number for each token, from one number for each or one for all; None becomes NaN.
+
+    Raises:
+        ValueError: no numbers, not one for each token, or a number outside the range of the column.
+    """
+    try:
+        x = np.asarray(given, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise ValueError(f"{whose} has {_shown(given)} in {name}. {_RENAME.format(name, RANGES[name][2])}") from None
+    if x.ndim and x.shape != (tokens,):
         raise ValueError(
-            f"A row has {tokens} input_ids and {len(x)} numbers in {name}: it needs one for each, or one for all."
+            f"{whose} has {tokens} input_ids and {len(x)} numbers in {name}: it needs one for each, or one for all."
         )
-    return x
+    low, high, meaning = RANGES[name]
+    outside = (x < low) | (x > high)
+    if outside.any():
+        value = x.reshape(-1)[int(outside.reshape(-1).argmax())]
+        raise ValueError(f"{whose} has {value:g} in {name}. {_RENAME.format(name, meaning)}")
+    return x if x.ndim else x.repeat(tokens)
+
+
+_RENAME = "The trainer reads the column {0} as {1}: rename the column if it means something else."
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

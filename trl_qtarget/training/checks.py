@@ -40,7 +40,8 @@ def compare_tokenizers(
     names = [m if isinstance(m, str) else m.config._name_or_path for m in (model, teacher)]
     student = getattr(processing_class, "tokenizer", processing_class)
     if student is None:
-        student = _tokenizer_of(names[0], None, args)
+        options: Any = args.model_init_kwargs or {}
+        student = _tokenizer_of(names[0], options.get("revision"), args)
     taught = _tokenizer_of(names[1], args.teacher_model_revision, args)
     if names[1] and taught is None:
         warnings.warn(f"No tokenizer beside the teacher {names[1]!r}: its ids are not checked.", stacklevel=3)
@@ -247,7 +248,7 @@ def mean_nll(log_p_y: Tensor, labels: Tensor, accelerator: Any, vocabulary: int)
 
 
 def trusted_ids(tokenizer: Any, tokens: list[str]) -> list[int]:
-    """The ids that `trust_token_ids` names: ids, tokens, and "special" for all special tokens.
+    """The ids that `trust_token_ids` names: ids, tokens, and "special" for all special tokens of the tokenizer.
 
     Raises:
         ValueError: an entry is neither a token of the tokenizer nor the id of one.
@@ -255,7 +256,9 @@ def trusted_ids(tokenizer: Any, tokens: list[str]) -> list[int]:
     ids: set[int] = set()
     for token in map(str, tokens):
         if token == "special":
-            ids.update(tokenizer.all_special_ids)
+            # markers such as <end_of_turn> are added as special, and no attribute of the tokenizer names them
+            added = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
+            ids |= {*tokenizer.all_special_ids, *added}
         elif token.isdigit() and int(token) < len(tokenizer):
             ids.add(int(token))
         elif token in tokenizer.get_vocab():

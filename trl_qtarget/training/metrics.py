@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import compat
+from ..theory.reference import IGNORE
 from .scorer import SUMS, ScoredOutput
 
 
@@ -15,11 +16,32 @@ METRICS = {"nll": "nll", **{f"qtarget/{name}": name for name in ("trust", "moved
 TRL_METRICS = {"entropy": "entropy", "mean_token_accuracy": "top1"}
 
 
+def without_repeats(inputs: dict[str, Any], examples: Tensor | None, accelerator: Any) -> dict[str, Any]:
+    """The inputs of an evaluation with the labels of repeated rows ignored.
+
+    accelerate repeats rows of the last batch until all ranks have equally many. Sums over ranks would count these rows
+    twice, and so would the loss by which the best model is chosen.
+
+    Args:
+        examples: (1, T), the row that each token of a padding-free batch comes from; None for batches of one row each.
+    """
+    real = compat.rows_before_repeats(accelerator)
+    if real is None:
+        return inputs
+    masked = {}
+    for name in {"labels", "shift_labels"} & inputs.keys():
+        labels = inputs[name]
+        rows = torch.arange(len(labels), device=labels.device)[:, None] if examples is None else examples
+        masked[name] = labels.masked_fill(rows >= real, IGNORE)
+    return inputs | masked
+
+
 class TokenSums:
     """Sums of the batches since the last log, for training and for evaluation."""
 
     def __init__(self, trainer: Any):
         self.trainer = trainer
+        self.has_trained = False  # whether any batch of the training had a label
         self.sums: dict[str, list[Tensor]] = {"train": [], "eval": []}
 
     def add(self, out: ScoredOutput, inputs: dict[str, Any], mode: str) -> None:
@@ -30,8 +52,14 @@ class TokenSums:
         reduced: Any = self.trainer.accelerator.reduce(torch.cat([out.sums.detach(), extra]), reduction="sum")
         self.sums[mode].append(reduced)
 
-    def flush(self, mode: str) -> None:
-        """Write the means since the last log into the trainer's metrics, and start again from zero."""
+    def flush(self, mode: str, dataset: str = "") -> None:
+        """Write the means since the last log into the trainer's metrics, and start again from zero.
+
+        `dataset` is the name of one of several evaluation sets, which each metric of it then carries as the loss does.
+
+        Raises:
+            ValueError: no batch of the training has had a label so far.
+        """
         trainer = self.trainer
         if not self.sums[mode]:
             return
@@ -39,12 +67,26 @@ class TokenSums:
         self.sums[mode].clear()
         columns: dict[str, Tensor] = dict(zip((*SUMS, "seen", "aux_loss"), table.unbind(-1), strict=True))
         metrics, tokens = trainer._metrics[mode], columns["tokens"]
+        if mode == "train":
+            self._count_unlabelled(tokens, metrics)
+        prefix = f"{dataset}_" if dataset else ""
         for name, column in METRICS.items():
-            metrics[name] = [(columns[column].sum() / tokens.sum().clamp(min=1)).item()]
+            metrics[prefix + name] = [(columns[column].sum() / tokens.sum().clamp(min=1)).item()]
         for name, column in TRL_METRICS.items():  # TRL's definition: the mean over batches of each batch's mean
-            metrics[name] = [(columns[column] / tokens.clamp(min=1)).mean().item()]
+            metrics[prefix + name] = [(columns[column] / tokens.clamp(min=1)).mean().item()]
         if mode == "train":
             trainer._total_train_tokens += int(columns["seen"].sum()) // compat.tensor_parallel_size(trainer)
         metrics["num_tokens"] = [trainer._total_train_tokens]
         if trainer.aux_loss_enabled:
             metrics["aux_loss"] = [columns["aux_loss"].mean().item() / trainer.accelerator.num_processes]
+
+    def _count_unlabelled(self, tokens: Tensor, metrics: dict[str, list[float]]) -> None:
+        """Log how many batches had no label; stop if none had one, since such a training looks like a perfect one."""
+        self.has_trained = self.has_trained or bool(tokens.sum())
+        if not self.has_trained:
+            raise ValueError(
+                f"None of the {len(tokens)} batches so far has a labelled token, so nothing is trained: raise "
+                "max_length if prompts are longer than it, or look at the columns that mask labels."
+            )
+        if (tokens == 0).any():
+            metrics["qtarget/unlabelled_batches"] = [float((tokens == 0).sum())]

@@ -21,6 +21,7 @@ import copy
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from transformers import PreTrainedModel
 
 from ..cache.offline import CachedTeacherCollator, open_cache
@@ -29,7 +30,7 @@ from ..compat import shards_weights
 from ..data.columns import token_columns
 from ..data.known_ids import KnownIds
 from ..model.adapters import base_is_initial, base_model
-from ..model.head import head_rows
+from ..model.head import gathered, head_rows
 from ..teachers.loading import copy_of_initial, load_teacher, revision_of, shares_base
 from ..teachers.models import AdaptersOff, FrozenModel, OtherAdapter, ReadModel
 from ..teachers.remembered import Average, Initial, Remembered, Snapshot
@@ -89,7 +90,9 @@ def choose(
         return Choice(columns, needed=False)
     if teacher is not None:
         rows = kwargs.get("train_dataset") or ()
-        agreement = compare_tokenizers(student, teacher, kwargs.get("processing_class"), args, rows)
+        agreement = None
+        if not _clones_template(args):  # which adds tokens to the student's tokenizer: compared once they are there
+            agreement = compare_tokenizers(student, teacher, kwargs.get("processing_class"), args, rows)
         if teacher is student and not isinstance(student, str):
             teacher = copy.deepcopy(student)  # freezing the teacher must not freeze the student
         return Choice(columns, True, teacher, agreement=agreement)
@@ -113,6 +116,7 @@ def open_second_model(choice: Choice, trainer: Any) -> SecondModel:
         if args.teacher_cache is not None:
             return _open_cache(trainer)
     if choice.reference is not None:
+        _grow(choice.reference, base_model(trainer.model))
         return SecondModel(FrozenModel(choice.reference, trainer.accelerator, args.teacher_offload), None, collator)
     inside = within_student(choice, trainer)
     if inside is not None:
@@ -123,8 +127,30 @@ def open_second_model(choice: Choice, trainer: Any) -> SecondModel:
         refuse_joined_rows(teacher, args)
     if trainer._is_vision_dataset:
         refuse_images(teacher, args)
-    vocabulary, collator = _common_vocabulary(teacher, choice.agreement, trainer)
+    agreement = choice.agreement
+    if _clones_template(args):
+        agreement = compare_tokenizers(trainer.model, choice.teacher, trainer._tokenizer, args, trainer.train_dataset)
+    vocabulary, collator = _common_vocabulary(teacher, agreement, trainer)
     return SecondModel(FrozenModel(teacher, trainer.accelerator, args.teacher_offload), vocabulary, collator)
+
+
+def _clones_template(args: TargetSFTConfig) -> bool:
+    """Whether TRL copies the chat template of another tokenizer, and with it tokens that the student lacks."""
+    path = args.chat_template_path
+    return path is not None and not path.endswith((".jinja", ".j2"))
+
+
+@torch.no_grad()
+def _grow(reference: Any, student: Any) -> None:
+    """Give a copy of the untrained student the rows that TRL has added to the student for a cloned chat template."""
+    before, rows = head_rows(reference), head_rows(student)
+    if before == rows:
+        return
+    reference.resize_token_embeddings(rows, mean_resizing=False)
+    for name in ("get_input_embeddings", "get_output_embeddings"):
+        own, theirs = (getattr(model, name)().weight for model in (reference, student))
+        with gathered(theirs):
+            own[before:] = theirs[before:].to(own)
 
 
 def within_student(choice: Choice, trainer: Any) -> ReadModel | None:

@@ -16,22 +16,23 @@ from trl import SFTConfig, SFTTrainer
 
 from .. import compat
 from ..cache.offline import TEACHER_COLUMNS
-from ..data.collators import TokenColumnCollator, trajectories
+from ..cache.sequences import by_name
+from ..data.collators import EXAMPLE, TokenColumnCollator, trajectories
 from ..data.columns import prepared
+from ..data.labels import report
 from ..loss.fused import LabelCount
 from ..loss.per_token import TOKEN_COLUMNS, PerToken, shifted_labels
-from ..loss.teacher import ProjectedLogits, TopKLogits
+from ..loss.teacher import TopKLogits
 from ..model.adapters import base_model, has_virtual_tokens
-from ..model.check import head_mismatch
 from ..model.forward import install
-from ..teachers.models import evaluating
 from ..teachers.placement import read_in_parts
 from ..teachers.remembered import Remembered
 from ..theory.reference import IGNORE
-from .checks import mean_nll, refuse_images, refuse_sharded_prompt, trusted_ids
+from .checks import refuse_images, refuse_sharded_prompt, trusted_ids
 from .config import TargetSFTConfig, as_target_config
+from .first_step import FirstStep
 from .kernels import Kernels
-from .metrics import TokenSums
+from .metrics import TokenSums, without_repeats
 from .scorer import ScoredOutput, Scorer
 from .second_model import choose, open_second_model
 
@@ -114,9 +115,12 @@ class TargetSFTTrainer(SFTTrainer):
         self.target = self.target.trusting(args.trust_floor, trusted_ids(self._tokenizer, args.trust_token_ids or []))
         self._teacher, self._columns, self.data_collator = open_second_model(choice, self)
         self._kernels = Kernels(args.qtarget_backend, args.qtarget_chunk_size, self._columns)
-        self._introduced = False
-        self._checked = not args.qtarget_self_check
+        self._first_step = FirstStep(self)
         self._sums = TokenSums(self)
+        self._evaluated = ""  # the name of the evaluation set, if there are several
+        before = by_name(kwargs.get("train_dataset"), kwargs.get("eval_dataset"))
+        for line in report(choice.columns, before, by_name(self.train_dataset, self.eval_dataset), args.max_length):
+            self.accelerator.print(line)
 
     # Data
 
@@ -142,6 +146,9 @@ class TargetSFTTrainer(SFTTrainer):
         mode = "train" if self.model.training else "eval"
         inputs = {**inputs, "use_cache": False}
         columns = {name: inputs.pop(name) for name in (*TOKEN_COLUMNS, *TEACHER_COLUMNS) if name in inputs}
+        examples = inputs.pop(EXAMPLE, None)
+        if mode == "eval":
+            inputs = without_repeats(inputs, examples, self.accelerator)
         if self.aux_loss_enabled:
             inputs["output_router_logits"] = True
         unlabelled = {name: value for name, value in inputs.items() if name != "labels"}
@@ -156,7 +163,7 @@ class TargetSFTTrainer(SFTTrainer):
         if self.aux_loss_enabled and out.aux_loss is None:
             self._forget_experts()
         if mode == "train":
-            self._check_first_step(model, scorer, inputs, columns)
+            self._first_step.run(model, scorer, inputs, columns)
         self._sums.add(out, inputs, mode)
         loss = self._reduced(out, num_items_in_batch, mode)
         if not return_outputs:
@@ -175,7 +182,7 @@ class TargetSFTTrainer(SFTTrainer):
             )
         if self.target.whole_batch:
             tokens = replace(tokens, trajectory=trajectories(inputs))
-        scorer = Scorer(self.target, tokens, self._kernels, check=not self._checked)
+        scorer = Scorer(self.target, tokens, self._kernels, check=self._first_step.pending)
         if not has_virtual_tokens(self.model):  # the last virtual token predicts the first label, which `tokens` lacks
             scorer.labelled = LabelCount(tokens.labels)
         if isinstance(self._teacher, Remembered) and mode == "train":
@@ -191,32 +198,6 @@ class TargetSFTTrainer(SFTTrainer):
                 log_p_y = self._kernels.label_log_probs(other, tokens.labels)
                 scorer.tokens = replace(tokens, reference_log_p_y=log_p_y)
         return scorer
-
-    def _check_first_step(self, model: Any, scorer: Scorer, inputs: dict[str, Any], columns: dict) -> None:
-        """Check the heads of both models, and log once the nll of the labels under the teacher."""
-        if not self._checked and not self._is_vision_dataset:
-            half = self.args.bf16 or self.args.fp16
-            with evaluating(self.model):
-                mismatch = head_mismatch(model, inputs["input_ids"], half)
-            if mismatch is not None:
-                raise RuntimeError(
-                    f"{type(base_model(self.model)).__name__} does something to its logits that trl_qtarget does not "
-                    f"know of: {mismatch}. Train it with TRL's SFTTrainer, and please report the model's name."
-                )
-            if self._teacher is not None:
-                self._teacher.check(inputs["input_ids"], half)
-        self._checked = True
-        if self._introduced:
-            return
-        self._introduced = True
-        log_p_y = scorer.tokens.reference_log_p_y
-        if isinstance(scorer.teacher, ProjectedLogits):
-            log_p_y = self._kernels.label_log_probs(scorer.teacher, scorer.tokens.labels)
-        elif scorer.teacher is not None:
-            log_p_y = columns["reference_log_p_y"]
-        if log_p_y is not None:
-            nll = mean_nll(log_p_y, scorer.tokens.labels, self.accelerator, len(self._tokenizer))
-            self._metrics["train"]["qtarget/teacher_nll"].append(nll)
 
     def _forget_experts(self) -> None:
         """Turn off the balancing loss of a model without experts in a family with some: its forward would fail."""
@@ -261,7 +242,12 @@ class TargetSFTTrainer(SFTTrainer):
 
     # Metrics
 
+    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict:
+        """Evaluate as Trainer does; with several sets each metric carries its set's name, as the loss does."""
+        self._evaluated = metric_key_prefix.removeprefix("eval").removeprefix("_")
+        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         mode = "train" if self.model.training else "eval"
-        self._sums.flush(mode)
+        self._sums.flush(mode, self._evaluated if mode == "eval" else "")
         super().log(logs, start_time)

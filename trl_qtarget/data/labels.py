@@ -1,0 +1,91 @@
+"""The labels that preparation has left in a dataset: a run without labels would train nothing and say loss 0."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence, Sized
+from typing import Any, NamedTuple
+
+import numpy as np
+from datasets import Dataset
+
+from ..theory.reference import IGNORE
+
+
+ROWS = 1000  # of a dataset that are looked at together
+
+
+class Labels(NamedTuple):
+    """Counts of the sequences of a prepared dataset; a packed row holds several."""
+
+    sequences: int
+    unlabelled: int  # no label left
+    cut: int  # as long as max_length, so probably truncated
+
+
+def count_labels(dataset: Dataset, max_length: int | None) -> Labels:
+    """Count the sequences of a prepared dataset, and those that preparation has left without a label."""
+    counted = [_count(*part, max_length) for part in _tables(dataset)]
+    return Labels(*(sum(column) for column in zip(*counted, strict=True))) if counted else Labels(0, 0, 0)
+
+
+def _tables(dataset: Dataset) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Labels, flat, and lengths of the sequences, of some rows at a time."""
+    name = "labels" if "labels" in dataset.column_names else "input_ids"
+    kept = [column for column in (name, "seq_lengths") if column in dataset.column_names]
+    tables: Any = dataset.select_columns(kept).with_format("arrow").iter(ROWS)
+    for table in tables:
+        lists = table[name].combine_chunks()
+        lengths = lists.value_lengths()
+        if "seq_lengths" in kept:
+            lengths = table["seq_lengths"].combine_chunks().flatten()
+        yield lists.flatten().to_numpy(zero_copy_only=False), lengths.to_numpy(zero_copy_only=False)
+
+
+def _count(labels: np.ndarray, lengths: np.ndarray, max_length: int | None) -> Labels:
+    lengths = lengths[lengths > 0]
+    ends = np.cumsum(lengths)
+    labelled = labels != IGNORE
+    labelled[ends - lengths] = False  # nothing predicts the first token of a sequence
+    before = np.concatenate([[0], np.cumsum(labelled)])
+    left = before[ends] - before[ends - lengths]
+    cut = 0 if max_length is None else int((lengths >= max_length).sum())
+    return Labels(len(lengths), int((left == 0).sum()), cut)
+
+
+def report(
+    columns: Sequence[str], given: Mapping[str, Any], prepared: Mapping[str, Any], max_length: int | None
+) -> Iterator[str]:
+    """Lines on the token columns that are read, and on the rows that preparation has dropped, cut or masked.
+
+    Args:
+        columns: token columns that all datasets have.
+        given, prepared: the datasets by name, before and after preparation; a stream is seen batch by batch only.
+
+    Raises:
+        ValueError: no row of a dataset has a label left.
+    """
+    if columns:
+        yield f"Columns of the data that are read beside the tokens: {', '.join(columns)}"
+    for name, dataset in prepared.items():
+        if isinstance(dataset, Dataset):
+            before = given.get(name)
+            rows = len(before) if isinstance(before, Sized) else len(dataset)
+            yield from _describe(name, count_labels(dataset, max_length), rows, max_length)
+
+
+def _describe(name: str, found: Labels, rows: int, max_length: int | None) -> Iterator[str]:
+    limit = "" if max_length is None else f" after max_length={max_length}"
+    if found.unlabelled == found.sequences:
+        raise ValueError(
+            f"None of the {rows} rows of the {name} dataset has a label left{limit}: raise max_length if prompts are "
+            "longer than it, or look at the columns that mask labels (completion_mask, assistant_masks, labels)."
+        )
+    parts = [
+        f"{rows - found.sequences} of {rows} rows were dropped" if found.sequences < rows else "",
+        f"{found.cut} of {found.sequences} rows are as long as max_length={max_length}, so probably cut"
+        if found.cut
+        else "",
+        f"{found.unlabelled} of {found.sequences} rows have no label left{limit}" if found.unlabelled else "",
+    ]
+    if any(parts):
+        yield f"{name.capitalize()} dataset: {'; '.join(filter(None, parts))}"
