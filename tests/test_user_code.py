@@ -31,6 +31,8 @@ def work(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setattr(sys, "path", [*sys.path])
     importlib.invalidate_caches()
+    for name in [name for name in sys.modules if name.startswith(("my_", "my-"))]:  # of another test's folder
+        monkeypatch.delitem(sys.modules, name)
     before = set(sys.modules)
     yield tmp_path / "work"
     for name in set(sys.modules) - before:

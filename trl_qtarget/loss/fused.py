@@ -8,7 +8,7 @@ from math import isclose
 import torch
 from torch import Tensor
 
-from ..theory.reference import IGNORE
+from ..theory.reference import IGNORE, require_tokenwise
 from ..theory.target import Target
 from .backends import tiles_for
 from .chunked import Job, QTargetFunction, Wants
@@ -33,23 +33,30 @@ class QTargetOutput:
 
 
 class LabelCount:
-    """The number of labels that are not ignored, copied to the host while the model runs.
+    """The number of labels that are not ignored, and their range, copied to the host while the model runs.
 
     The copy starts before the model's forward pass is launched and is read after it. A blocking copy in between would
     leave the GPU idle until the host knows how many rows the loss has.
     """
 
     def __init__(self, labels: Tensor):
-        self.count, self.event = (labels != IGNORE).sum(), None
+        labelled = labels != IGNORE
+        kept = labels.where(labelled, 0)
+        least, greatest = kept.aminmax() if labels.numel() else (kept.sum(), kept.sum())
+        self.numbers, self.event = torch.stack([labelled.sum(), least, greatest]), None
         if labels.is_cuda:
-            self.count = torch.empty((), dtype=torch.int64, pin_memory=True).copy_(self.count, non_blocking=True)
+            self.numbers = torch.empty(3, dtype=torch.int64, pin_memory=True).copy_(self.numbers, non_blocking=True)
             self.event = torch.cuda.Event()
             self.event.record()
 
-    def __int__(self) -> int:
+    def read(self) -> list[int]:
+        """The count, and the least and greatest label, or 0 in place of ignored ones."""
         if self.event is not None:
             self.event.synchronize()
-        return int(self.count)
+        return self.numbers.tolist()
+
+    def __int__(self) -> int:
+        return self.read()[0]
 
 
 def qtarget_loss(
@@ -107,6 +114,7 @@ def qtarget_loss(
     head = Head(weight, bias, float(logit_scale), softcap)
     tiles = tiles_for(backend, hidden.device)
     _check(hidden, head, target, tokens, teacher, chunk_size)
+    _check_ids(tokens.labels, labelled, teacher, len(weight))
     keep = _labelled_rows(tokens.labels, labelled)
     if len(keep) < N:
         hidden, tokens = hidden.index_select(0, keep), tokens.take(keep)
@@ -144,11 +152,35 @@ def _only_what_is_read(
         dtype = teacher.weight.dtype
         teacher = replace(teacher, hidden=teacher.hidden.detach().to(dtype), weight=teacher.weight.detach())
     elif teacher is not None:
+        teacher = teacher.without_padding()
         teacher = replace(teacher, ids=teacher.ids.long())
     trajectory = tokens.trajectory if target.whole_batch else None
     if trajectory is not None:
         trajectory = trajectory.unique(return_inverse=True)[1]
     return replace(tokens, trajectory=trajectory), teacher
+
+
+def _check_ids(labels: Tensor, labelled: LabelCount | int | None, teacher: TeacherLogits | None, V: int) -> None:
+    """Refuse ids outside the vocabulary, which kernels would read beyond a row, and ids that a teacher has twice.
+
+    On accelerators a look at all ids would wait for the device. A trainer passes a `LabelCount`, which has the range
+    of the labels, and a cache has checked its ids; without a count the loss waits for the device anyway.
+    """
+    if isinstance(labelled, LabelCount):
+        _, least, greatest = labelled.read()
+        suspicious = not 0 <= least <= greatest < V
+    else:
+        suspicious = labels.device.type == "cpu" or labelled is None
+    if suspicious:
+        outside = (labels != IGNORE) & ((labels < 0) | (labels >= V))
+        if outside.any():
+            row = int(outside.nonzero()[0])
+            raise ValueError(
+                f"labels has {int(labels[row])} in row {row}: labels lie in [0, {V}), and {IGNORE} is ignored."
+            )
+    if isinstance(teacher, TopKLogits) and (labels.device.type == "cpu" or labelled is None):
+        rows = labels != IGNORE
+        teacher.take(rows).check(V)
 
 
 def _reads_label(target: Target, tokens: PerToken) -> bool:
@@ -180,6 +212,7 @@ def _check(
     if hidden.shape[-1] != head.weight.shape[-1]:
         raise ValueError(f"hidden is {hidden.shape[-1]} wide, weight is {head.weight.shape[-1]}: they must agree.")
     target.require(teacher=teacher is not None, columns=tokens.columns())
+    require_tokenwise(target)
     residual = target.residual
     if isinstance(teacher, TopKLogits) and residual.is_student and _reads_label(target, tokens):
         raise ValueError(

@@ -30,7 +30,10 @@ class SparseGradient(NamedTuple):
 
 
 class SparsePool:
-    """pi~ of n rows, from the probabilities of student and teacher at the known ids and of the tail as a whole."""
+    """pi~ of n rows, from the probabilities of student and teacher at the known ids and of the tail as a whole.
+
+    The teacher is one `without_padding`: an entry of -inf repeats the row's most probable id and counts for nothing.
+    """
 
     def __init__(
         self,
@@ -43,6 +46,7 @@ class SparsePool:
     ):
         self.ids, self.log_p, self.labels = teacher.ids, log_p, labels
         self.log_q = log_q = teacher.log_probs.double()
+        self.padded, self.best = log_q == -torch.inf, log_q.argmax(-1, keepdim=True)
         self.tail_p, self.tail_p_log_p = tail_p.double(), tail_p_log_p.double()
         self.tail_q = -torch.expm1(log_q.logsumexp(-1).clamp(max=0))
         has_tail = (self.tail_p > 0) & (self.tail_q > 0)
@@ -50,7 +54,7 @@ class SparsePool:
         if residual.student != 0:
             known = known + residual.student * log_p
             tail = tail + residual.student * self.tail_p.log()
-        known = known.masked_fill((log_q == -torch.inf) | (log_p < IMPOSSIBLE), -torch.inf)
+        known = known.masked_fill(self.padded | (log_p < IMPOSSIBLE), -torch.inf)
         logs = torch.cat([known, tail.masked_fill(~has_tail, -torch.inf)[:, None]], dim=-1).log_softmax(-1)
         self.pool, self.pool_tail = logs[:, :-1].exp(), logs[:, -1].exp()
         self.factor = torch.where(has_tail, self.pool_tail / self.tail_p, 0)  # c
@@ -58,16 +62,25 @@ class SparsePool:
     def gradient(self, label_weight: Tensor, residual_weight: Tensor, log_p_y: Tensor) -> SparseGradient:
         """The gradient of n rows. Its tail has one sign a row, so the norm needs no pass over the columns."""
         w_y, w_r = label_weight.double(), residual_weight.double()
-        here = self.ids == self.labels[:, None]
+        here = self._here()
         known = (w_y + w_r)[:, None] * self.log_p.exp() - w_r[:, None] * self.pool - w_y[:, None] * here
+        known = known.where(~self.padded, known.gather(-1, self.best))  # padding repeats the most probable id
         tail, label = w_y + w_r - w_r * self.factor, w_y.where(~here.any(-1), 0)
         p_y = log_p_y.double().exp().where(~here.any(-1), 0)
-        norm = known.abs().sum(-1) + tail.abs() * (self.tail_p - p_y).clamp(min=0) + (tail * p_y - label).abs()
+        norm = (
+            known.abs().masked_fill(self.padded, 0).sum(-1)
+            + tail.abs() * (self.tail_p - p_y).clamp(min=0)
+            + (tail * p_y - label).abs()
+        )
         return SparseGradient(tail, label, known, norm)
+
+    def _here(self) -> Tensor:  # (n, K)
+        """Where the known ids are the label; padding repeats an id and is left out."""
+        return (self.ids == self.labels[:, None]) & ~self.padded
 
     def _at_label(self, known: Tensor, tail: Tensor) -> Tensor:  # (n, K), (n,) -> (n,)
         """The entry of `known` at the label, or `tail` if the label is none of the ids."""
-        here = self.ids == self.labels[:, None]
+        here = self._here()
         return torch.where(here.any(-1), known.masked_fill(~here, 0).sum(-1), tail)
 
     def teacher_log_p_y(self, log_p_y: Tensor) -> Tensor:

@@ -221,7 +221,7 @@ class SparseRows(SparseStatistics, StudentRows):
     """Rows whose teacher is known at K ids and has the student's shape elsewhere: `SparsePool` computes the pool."""
 
     def __init__(self, z: Tensor, labels: Tensor, softcap: float | None, teacher: TopKLogits, residual: Residual):
-        self.ids = teacher.ids
+        self.ids, self.known = teacher.ids, teacher.log_probs > -torch.inf
         super().__init__(z, labels, softcap)
         log_p = z.gather(-1, self.ids).double() - self.log_sum[:, None]
         tail_p = self.tail_sum / self.sum
@@ -234,6 +234,7 @@ class SparseRows(SparseStatistics, StudentRows):
         self.e.scatter_(-1, self.ids, 0)
         self.tail_sum, self.tail_dot = super()._moments()
         self.e.scatter_(-1, self.ids, e)
+        e = e * self.known  # after the exponentials are back: padding repeats an id
         return self.tail_sum + e.sum(-1), self.tail_dot + (e * z).sum(-1)
 
     def write_gradient(self, label_weight: Tensor, residual_weight: Tensor, out: Tensor) -> Tensor:

@@ -266,7 +266,9 @@ class TritonSparseRows(SparseStatistics, TritonRows):
 
     def __init__(self, z: Tensor, labels: Tensor, residual: Residual, teacher: TopKLogits, softcap: float | None):
         self.ids = teacher.ids
-        self.known, self.raw_known = cap_(z.gather(-1, self.ids).float(), softcap), z.gather(-1, self.ids)
+        self.raw_known = z.gather(-1, self.ids)
+        self.capped_known = cap_(z.gather(-1, self.ids).float(), softcap)
+        self.known = self.capped_known.masked_fill(teacher.log_probs == -torch.inf, -torch.inf)
         super().__init__(z.scatter_(-1, self.ids, -torch.inf), labels, STUDENT, None, softcap)
         log_p = (self.known - self.max[:, None]).double() - self.log_sum[:, None]
         tail_p = self.tail_sum / self.sum
@@ -297,6 +299,6 @@ class TritonSparseRows(SparseStatistics, TritonRows):
         self._write(gradient.tail.to(label_weight), gradient.label.to(label_weight), residual_weight, out)
         known = gradient.known
         if self.softcap is not None:
-            known = known * (1 - (self.known / self.softcap).square())
+            known = known * (1 - (self.capped_known / self.softcap).square())
         out.scatter_(-1, self.ids, known.to(out))
         return gradient.norm

@@ -26,19 +26,33 @@ def merge_adapter(model: Any) -> tuple[PreTrainedModel, float]:
     Raises:
         ValueError: the merged model computes other logits than base and adapter.
     """
-    ids = _probe(model)
+    ids = _probe(model.get_base_model())
     wanted = _logits(model, ids)
     _untie(model.get_base_model())
     merged = model.merge_and_unload(safe_merge=True)
-    difference = float((_logits(merged, ids) - wanted).abs().max() / wanted.abs().max())
-    allowed = TOLERANCE[str(merged.dtype).removeprefix("torch.")]
+    return merged, _difference(_logits(merged, ids), wanted, merged.dtype, "The merged model has")
+
+
+def compare_logits(model: Any, expected: Any, which: str) -> float:
+    """The largest difference of two models' logits on random tokens, as a share of the largest logit.
+
+    Raises:
+        ValueError: the difference is larger than rounding explains; the message begins with `which`.
+    """
+    ids = _probe(expected)
+    return _difference(_logits(model, ids), _logits(expected, ids), expected.dtype, which)
+
+
+def _difference(got: Tensor, wanted: Tensor, dtype: torch.dtype, which: str) -> float:
+    difference = float((got - wanted).abs().max() / wanted.abs().max())
+    allowed = TOLERANCE[str(dtype).removeprefix("torch.")]
     if not difference <= allowed:
-        remedy = " Try --dtype float32." if merged.dtype != torch.float32 else ""
+        remedy = " Try --dtype float32." if dtype != torch.float32 else " This adapter cannot be merged."
         raise ValueError(
-            f"The merged model's logits differ from those of base and adapter by {difference:.1e} of the largest, "
-            f"more than the {allowed:.0e} of rounding in {merged.dtype}: this adapter cannot be merged.{remedy}"
+            f"{which} logits that differ from those of base and adapter by {difference:.1e} of the largest, more than "
+            f"the {allowed:.0e} of rounding in {dtype}: nothing was written.{remedy}"
         )
-    return merged, difference
+    return difference
 
 
 @torch.no_grad()
@@ -46,8 +60,8 @@ def _logits(model: Any, ids: Tensor) -> Tensor:
     return model(input_ids=ids).logits.float()
 
 
-def _probe(model: Any) -> Tensor:
-    embeddings: Any = plain(model.get_base_model().get_input_embeddings())
+def _probe(base: PreTrainedModel) -> Tensor:
+    embeddings: Any = plain(base.get_input_embeddings())
     ids = torch.randint(len(embeddings.weight), PROBE, generator=torch.Generator().manual_seed(0))
     return ids.to(embeddings.weight.device)
 

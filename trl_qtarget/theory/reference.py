@@ -5,6 +5,7 @@ This module is slow and dense on purpose: kernels are tested against it, and it 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -145,6 +146,45 @@ def dense_tokens(
         columns["trajectory"] = columns["trajectory"].unique(return_inverse=True)[1]
     log_p_y = log_p.gather(-1, labels[:, None]).squeeze(-1)
     return Tokens.of(log_p_y, DenseStatistics(log_p, labels, target.residual, log_q), labels, **columns)
+
+
+PROBED = 12  # tokens on which a target's rules are tried
+
+
+@functools.lru_cache(maxsize=64)
+def require_tokenwise(target: Target) -> None:
+    """Raise a ValueError if a rule gives a token another weight for being evaluated beside other tokens.
+
+    The kernels hand rules one block of tokens at a time, so the loss of such a target would depend on the block size.
+    A target with `whole_batch` gets all tokens at once and may look at all of them.
+    """
+    if target.whole_batch:
+        return
+    generator = torch.Generator().manual_seed(0)
+    log_p, taught = (torch.randn(PROBED, 32, generator=generator).double().log_softmax(-1) for _ in range(2))
+    numbers = torch.rand(3, PROBED, generator=generator).double().clamp(0.01, 0.99)
+    columns = dict(zip(("token_weight", "reference_log_p_y", "reference_mass"), numbers, strict=True))
+    columns["reference_log_p_y"] = columns["reference_log_p_y"].log()
+    labels = torch.randint(32, (PROBED,), generator=generator)
+
+    def weights(rows: Tensor) -> Tensor:  # (4 or 5, n)
+        given = {name: column[rows] for name, column in columns.items()}
+        tokens = dense_tokens(log_p[rows], labels[rows], target, taught[rows], **given)
+        found = target.weights(tokens)
+        return torch.stack([*found, target.token_loss(found, tokens)])
+
+    order = torch.randperm(PROBED, generator=generator)
+    try:
+        together = weights(torch.arange(PROBED))
+        apart = torch.cat([weights(part) for part in order.split(PROBED // 3)], dim=-1)
+    except Exception:  # a rule that these made-up tokens do not suit; it runs, or fails, on the real ones
+        return
+    if not torch.allclose(together[:, order], apart, rtol=1e-6, atol=1e-12, equal_nan=True):
+        raise ValueError(
+            "A rule of this target (trust, scale, residual_weight or value) gives a token another number when other "
+            "tokens are evaluated beside it, and rules see blocks of tokens whose size depends on the device: compute "
+            "each token's number from that token alone, or set whole_batch=True, which passes all tokens at once."
+        )
 
 
 def _target_mass(target: Target, weights, tokens: Tokens) -> Tensor:  # (N, V)
