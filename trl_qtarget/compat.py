@@ -202,6 +202,17 @@ def backbone(model: Any) -> Any:
     return found
 
 
+def forward_of_instance(model: Any) -> Any:
+    """A forward that was set on this very model, or None.
+
+    TRL's own fused head is left out: this package does not use it, and it holds on to the model that it was made for,
+    so that a deep copy would run the original's weights.
+    """
+    found = model.__dict__.get("forward")
+    code = getattr(getattr(found, "__func__", None), "__code__", None)
+    return None if code is not None and code.co_name == "_fused_forward" else found
+
+
 def column_names(dataset: Any) -> list[str]:
     """The columns of a dataset; of a stream that does not say, those of its first row."""
     return find("trl.data_utils:get_dataset_column_names")(dataset)

@@ -52,14 +52,13 @@ def _count(labels: np.ndarray, lengths: np.ndarray, max_length: int | None) -> L
     return Labels(len(lengths), int((left == 0).sum()), cut)
 
 
-def report(
-    columns: Sequence[str], given: Mapping[str, Any], prepared: Mapping[str, Any], max_length: int | None
-) -> Iterator[str]:
-    """Lines on the token columns that are read, and on the rows that preparation has dropped, cut or masked.
+def report(columns: Sequence[str], given: Mapping[str, Any], prepared: Mapping[str, Any], args: Any) -> Iterator[str]:
+    """Lines on the token columns that are read, and on the rows that preparation has cut or left without a label.
 
     Args:
         columns: token columns that all datasets have.
         given, prepared: the datasets by name, before and after preparation; a stream is seen batch by batch only.
+        args: the `SFTConfig` that they were prepared with.
 
     Raises:
         ValueError: no row of a dataset has a label left.
@@ -67,25 +66,26 @@ def report(
     if columns:
         yield f"Columns of the data that are read beside the tokens: {', '.join(columns)}"
     for name, dataset in prepared.items():
-        if isinstance(dataset, Dataset):
-            before = given.get(name)
-            rows = len(before) if isinstance(before, Sized) else len(dataset)
-            yield from _describe(name, count_labels(dataset, max_length), rows, max_length)
+        if not isinstance(dataset, Dataset):
+            continue
+        found, before = count_labels(dataset, args.max_length), given.get(name)
+        # TRL drops rows that truncation has left without a label; wrapped packing leaves no trace of rows
+        wrapped = args.packing and "seq_lengths" not in dataset.column_names
+        rows = len(before) if isinstance(before, Sized) and not wrapped else found.sequences
+        yield from _describe(name, found, rows, args.max_length)
 
 
 def _describe(name: str, found: Labels, rows: int, max_length: int | None) -> Iterator[str]:
     limit = "" if max_length is None else f" after max_length={max_length}"
+    lost = rows - found.sequences + found.unlabelled
     if found.unlabelled == found.sequences:
         raise ValueError(
             f"None of the {rows} rows of the {name} dataset has a label left{limit}: raise max_length if prompts are "
             "longer than it, or look at the columns that mask labels (completion_mask, assistant_masks, labels)."
         )
     parts = [
-        f"{rows - found.sequences} of {rows} rows were dropped" if found.sequences < rows else "",
-        f"{found.cut} of {found.sequences} rows are as long as max_length={max_length}, so probably cut"
-        if found.cut
-        else "",
-        f"{found.unlabelled} of {found.sequences} rows have no label left{limit}" if found.unlabelled else "",
+        f"{lost} of {rows} rows have no label left{limit}" if lost > 0 else "",
+        f"{found.cut} of {rows} rows are as long as max_length, so probably cut" if found.cut else "",
     ]
     if any(parts):
         yield f"{name.capitalize()} dataset: {'; '.join(filter(None, parts))}"

@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from ..theory.target import RowWeights, Target
 from .per_token import PerToken
-from .products import Head, add_weight_gradient, gradient_dtype, hidden_gradient, project, wide
+from .products import Head, add_weight_gradient, gradient_dtype, hidden_gradient, precise, project, wide
 from .scratch import scratch
 from .teacher import DenseTile, ProjectedLogits, TeacherLogits, TeacherTile
 
@@ -160,7 +160,7 @@ def _weigh(
     job: Job, rows, at: slice, whole_batch: WholeBatch | None, results: TokenResults, gradient: Tensor | None
 ) -> None:
     """Store the results of one block of rows and write its gradient, which may take the place of the logits."""
-    target, tokens = job.target, job.tokens.take(at).tokens(_precise(rows.log_p_y), rows)
+    target, tokens = job.target, job.tokens.take(at).tokens(precise(rows.log_p_y), rows)
     if whole_batch is None:
         weights = target.weights(tokens)
         loss = target.token_loss(weights, tokens)
@@ -193,14 +193,9 @@ def _weigh_whole_batch(job: Job, hidden: Tensor, head: Head) -> WholeBatch:
     """One extra pass that computes log_p_y of all tokens, and what the target's rules make of them together."""
     plain = Job(Target(), job.tiles, PerToken(job.tokens.labels), chunk_size=job.chunk_size)
     results, _ = evaluate(plain, hidden, head, Wants())
-    tokens = job.tokens.tokens(_precise(results.log_p_y), None)
+    tokens = job.tokens.tokens(precise(results.log_p_y), None)
     weights = job.target.weights(tokens)
     return WholeBatch(weights, job.target.token_loss(weights, tokens))
-
-
-def _precise(log_p_y: Tensor) -> Tensor:
-    """In the type that rules compute in: float64, which Apple's devices lack."""
-    return log_p_y.to(torch.float32 if log_p_y.device.type == "mps" else torch.float64)
 
 
 def rows_per_tile(N: int, columns: int, dtype: torch.dtype, device_type: str) -> int:

@@ -20,6 +20,11 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def precise(x: Tensor) -> Tensor:
+    """`x` in the type of a token's numbers: float64, or float32 on Apple's devices, which lack float64."""
+    return x.to(torch.float32 if x.device.type == "mps" else torch.float64)
+
+
 @dataclass(frozen=True)
 class Head:
     """A language-model head: `logits = softcap * tanh(scale * (h W^T + b) / softcap)`; without softcap no tanh."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..theory.target import Residual
+from .products import precise
 from .teacher import TopKLogits
 
 
@@ -21,7 +22,7 @@ IMPOSSIBLE = -1e29  # lower log-probabilities are those of masked columns
 
 
 class SparseGradient(NamedTuple):
-    """dloss/dz of n rows: `tail * p - label * delta_y` outside the ids, `known` at them; float64."""
+    """dloss/dz of n rows: `tail * p - label * delta_y` outside the ids, `known` at them; in the type of `precise`."""
 
     tail: Tensor  # (n,)
     label: Tensor  # (n,) zero if y is among the ids
@@ -38,16 +39,16 @@ class SparsePool:
     def __init__(
         self,
         teacher: TopKLogits,
-        log_p: Tensor,  # (n, K) float64, the student's
+        log_p: Tensor,  # (n, K) in the type of `precise`, the student's
         tail_p: Tensor,  # (n,) tau_p, the student's mass outside the ids: a sum, as 1 - sum loses digits
         tail_p_log_p: Tensor,  # (n,) sum of p log p outside the ids
         labels: Tensor,  # (n,)
         residual: Residual,
     ):
         self.ids, self.log_p, self.labels = teacher.ids, log_p, labels
-        self.log_q = log_q = teacher.log_probs.double()
+        self.log_q = log_q = precise(teacher.log_probs)
         self.padded, self.best = log_q == -torch.inf, log_q.argmax(-1, keepdim=True)
-        self.tail_p, self.tail_p_log_p = tail_p.double(), tail_p_log_p.double()
+        self.tail_p, self.tail_p_log_p = precise(tail_p), precise(tail_p_log_p)
         self.tail_q = -torch.expm1(log_q.logsumexp(-1).clamp(max=0))
         has_tail = (self.tail_p > 0) & (self.tail_q > 0)
         known, tail = residual.teacher * log_q, residual.teacher * self.tail_q.log()
@@ -61,12 +62,12 @@ class SparsePool:
 
     def gradient(self, label_weight: Tensor, residual_weight: Tensor, log_p_y: Tensor) -> SparseGradient:
         """The gradient of n rows. Its tail has one sign a row, so the norm needs no pass over the columns."""
-        w_y, w_r = label_weight.double(), residual_weight.double()
+        w_y, w_r = precise(label_weight), precise(residual_weight)
         here = self._here()
         known = (w_y + w_r)[:, None] * self.log_p.exp() - w_r[:, None] * self.pool - w_y[:, None] * here
         known = known.where(~self.padded, known.gather(-1, self.best))  # padding repeats the most probable id
         tail, label = w_y + w_r - w_r * self.factor, w_y.where(~here.any(-1), 0)
-        p_y = log_p_y.double().exp().where(~here.any(-1), 0)
+        p_y = precise(log_p_y).exp().where(~here.any(-1), 0)
         norm = (
             known.abs().masked_fill(self.padded, 0).sum(-1)
             + tail.abs() * (self.tail_p - p_y).clamp(min=0)
@@ -87,7 +88,7 @@ class SparsePool:
         return self._at_label(self.log_q, (self.tail_q / self.tail_p).log() + log_p_y)
 
     def log_p_y(self, log_p_y: Tensor) -> Tensor:
-        return self._at_label(self.pool, self.factor * log_p_y.double().exp()).log()
+        return self._at_label(self.pool, self.factor * precise(log_p_y).exp()).log()
 
     @cached_property
     def nll(self) -> Tensor:

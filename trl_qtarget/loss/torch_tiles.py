@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ..theory.target import Residual
+from .products import precise
 from .scratch import scratch
 from .sparse import SparsePool, SparseStatistics
 from .teacher import TeacherTile, TopKLogits
@@ -223,7 +224,7 @@ class SparseRows(SparseStatistics, StudentRows):
     def __init__(self, z: Tensor, labels: Tensor, softcap: float | None, teacher: TopKLogits, residual: Residual):
         self.ids, self.known = teacher.ids, teacher.log_probs > -torch.inf
         super().__init__(z, labels, softcap)
-        log_p = z.gather(-1, self.ids).double() - self.log_sum[:, None]
+        log_p = precise(z.gather(-1, self.ids)) - self.log_sum[:, None]
         tail_p = self.tail_sum / self.sum
         tail_p_log_p = self.tail_dot / self.sum - tail_p * self.log_sum
         self.sparse = SparsePool(teacher, log_p, tail_p, tail_p_log_p, labels, residual)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..theory.target import STUDENT, Residual
 from . import torch_tiles
+from .products import precise
 from .sparse import SparsePool, SparseStatistics
 from .teacher import TeacherTile, TopKLogits
 from .torch_tiles import BELOW_ALL, RowStatistics, cap_, pick
@@ -270,7 +271,7 @@ class TritonSparseRows(SparseStatistics, TritonRows):
         self.capped_known = cap_(z.gather(-1, self.ids).float(), softcap)
         self.known = self.capped_known.masked_fill(teacher.log_probs == -torch.inf, -torch.inf)
         super().__init__(z.scatter_(-1, self.ids, -torch.inf), labels, STUDENT, None, softcap)
-        log_p = (self.known - self.max[:, None]).double() - self.log_sum[:, None]
+        log_p = precise(self.known - self.max[:, None]) - self.log_sum[:, None]
         tail_p = self.tail_sum / self.sum
         tail_p_log_p = self.tail_dot / self.sum - tail_p * self.log_sum
         self.sparse = SparsePool(teacher, log_p, tail_p, tail_p_log_p, labels, residual)

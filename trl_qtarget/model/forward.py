@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..compat import backbone, balancing_loss
+from ..compat import backbone, balancing_loss, forward_of_instance
 from ..loss.per_token import shifted_labels
 from ..loss.products import Head
 from ..loss.teacher import ProjectedLogits
@@ -40,7 +40,7 @@ def install(model: PreTrainedModel) -> None:
     """Give `model` the forward of this module. Call it on the base model of a PEFT model, before any wrapping."""
     backbone(model)  # a model without one is refused here and not in the first step
     # kept on the model, where `copy.deepcopy` binds it to the copy; a closure would run the original's weights
-    before: Any = model.__dict__.get("forward")
+    before: Any = forward_of_instance(model)
     model._forward_before_qtarget = before
 
     # transformers reads the signature to decide which inputs a model accepts, so it stays the original's

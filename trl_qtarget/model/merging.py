@@ -6,6 +6,7 @@ change the other as well, so the two are untied first: the merged model gets a m
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -29,7 +30,9 @@ def merge_adapter(model: Any) -> tuple[PreTrainedModel, float]:
     ids = _probe(model.get_base_model())
     wanted = _logits(model, ids)
     _untie(model.get_base_model())
-    merged = model.merge_and_unload(safe_merge=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`", UserWarning)  # no longer: see above
+        merged = model.merge_and_unload(safe_merge=True)
     return merged, _difference(_logits(merged, ids), wanted, merged.dtype, "The merged model has")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import math
 import warnings
@@ -67,6 +68,15 @@ def _tokenizer_of(name: str, revision: str | None, args: TargetSFTConfig) -> Any
         return None
     # for many models without a tokenizer transformers 5 makes one that has special tokens only
     return tokenizer if tokenizer.get_vocab().keys() - tokenizer.get_added_vocab().keys() else None
+
+
+def refuse_unknown_arguments(given: Iterable[str], known: Sequence[str]) -> None:
+    """Raise a TypeError for an argument that the trainer does not take, with the nearest one that it does."""
+    for name in given:
+        if name not in known:
+            close = difflib.get_close_matches(name, ["teacher_model", *known], n=1, cutoff=0.4)
+            hint = f" Did you mean {'teacher_model' if name.startswith('teacher') else close[0]}?" if close else ""
+            raise TypeError(f"TargetSFTTrainer takes no argument {name!r}.{hint}")
 
 
 def refuse(args: TargetSFTConfig, target: Target, teacher: Any, kwargs: dict[str, Any]) -> None:

@@ -63,7 +63,7 @@ class TokenSums:
         trainer = self.trainer
         if not self.sums[mode]:
             return
-        table = torch.stack(self.sums[mode]).double().cpu()
+        table = torch.stack(self.sums[mode]).cpu().double()
         self.sums[mode].clear()
         columns: dict[str, Tensor] = dict(zip((*SUMS, "seen", "aux_loss"), table.unbind(-1), strict=True))
         metrics, tokens = trainer._metrics[mode], columns["tokens"]

@@ -83,14 +83,14 @@ def _specified(
     """The same, densely and in float64, from the model's logits of these tokens."""
     weight = head.weight.detach()
     with torch.no_grad():
-        z = torch.nn.functional.linear(few.to(weight.dtype), weight, head.bias).float()
+        z = _exact(torch.nn.functional.linear(few.to(weight.dtype), weight, head.bias).float())
     logits = logits_of(z.requires_grad_(), head)
     taught = None
     if isinstance(teacher, TopKLogits):
-        taught = teacher.dense(logits.detach())
+        taught = TopKLogits(_exact(teacher.ids), _exact(teacher.log_probs)).dense(logits.detach())
     elif isinstance(teacher, ProjectedLogits):
-        taught = dense_logits(teacher.hidden, teacher.head)
-    columns = tokens.columns()
+        taught = _exact(dense_logits(teacher.hidden, teacher.head))
+    columns = {name: _exact(column) for name, column in tokens.columns().items()}
     labels = columns.pop("labels")
     loss = reference_loss(logits, labels, target, taught, **columns)
     (gradient,) = torch.autograd.grad(loss, z)
@@ -98,9 +98,14 @@ def _specified(
         seen = dense_tokens(logits.double().log_softmax(-1), labels, target, taught, **columns)
         values = target.token_loss(target.weights(seen), seen)
         return values, {
-            "hidden states": gradient.to(weight.dtype) @ weight,
-            "head": (gradient.t() @ (few.float() @ _probe(few)))[:, None],
+            "hidden states": gradient.to(weight) @ weight,
+            "head": (gradient.to(few.device).t() @ (few.float() @ _probe(few)))[:, None],
         }
+
+
+def _exact(x: Tensor) -> Tensor:
+    """The same where float64 exists: Apple's devices lack it."""
+    return x.cpu() if x.device.type == "mps" else x
 
 
 def _probe(few: Tensor) -> Tensor:  # (D,)
@@ -111,7 +116,7 @@ def _probe(few: Tensor) -> Tensor:  # (D,)
 
 def _require(got: Tensor, wanted: Tensor, half: bool, name: str, slack: float = 0.0) -> None:
     """Raise a RuntimeError unless most rows, and all together, agree up to the tolerance; `slack` is absolute."""
-    got, wanted = (x.detach().double().reshape(len(x), -1) for x in (got, wanted))
+    got, wanted = (_exact(x.detach()).double().reshape(len(x), -1) for x in (got, wanted))
     error, size = (got - wanted).norm(dim=-1), wanted.norm(dim=-1)
     allowed = TOLERANCE[half] * (size + 0.01 * size.mean()) + slack
     share = (error <= allowed).double().mean()

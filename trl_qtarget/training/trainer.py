@@ -28,7 +28,7 @@ from ..model.forward import install
 from ..teachers.placement import read_in_parts
 from ..teachers.remembered import Remembered
 from ..theory.reference import IGNORE
-from .checks import refuse_images, refuse_sharded_prompt, trusted_ids
+from .checks import refuse_images, refuse_sharded_prompt, refuse_unknown_arguments, trusted_ids
 from .config import TargetSFTConfig, as_target_config
 from .first_step import FirstStep
 from .kernels import Kernels
@@ -98,6 +98,7 @@ class TargetSFTTrainer(SFTTrainer):
         compat.warn_if_outside()
         compat.check_names()
         kwargs |= dict(zip(POSITIONAL, positional, strict=False))
+        refuse_unknown_arguments(kwargs, POSITIONAL)
         args = as_target_config(args, model, teacher_model)
         self.target = args.target()
         choice = choose(model, teacher_model, args, self.target, kwargs)
@@ -119,7 +120,7 @@ class TargetSFTTrainer(SFTTrainer):
         self._sums = TokenSums(self)
         self._evaluated = ""  # the name of the evaluation set, if there are several
         before = by_name(kwargs.get("train_dataset"), kwargs.get("eval_dataset"))
-        for line in report(choice.columns, before, by_name(self.train_dataset, self.eval_dataset), args.max_length):
+        for line in report(choice.columns, before, by_name(self.train_dataset, self.eval_dataset), args):
             self.accelerator.print(line)
 
     # Data
