@@ -5,6 +5,9 @@ The comment above a group names the report that its inputs were made from.
 
 import copy
 import json
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import peft
@@ -63,7 +66,22 @@ def nll(model, rows):
     return -float(torch.cat(found).mean())
 
 
-# Rows that a loader repeats to even out the ranks (accelerate#1674): the case with two processes is in test_parity.py
+# Rows that a loader repeats to even out the ranks (accelerate#1674)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("rows_per_rank", "padding_free"), [(2, False), (2, True), (3, False)])
+def test_an_evaluation_over_two_ranks_counts_seven_rows_once(tmp_path, rows_per_rank, padding_free):
+    def evaluate(processes):
+        worker = Path(__file__).with_name("evaluation_worker.py")
+        launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--standalone"]
+        words = [str(worker), str(tmp_path), str(rows_per_rank), str(padding_free)]
+        subprocess.run([*launch, *words], check=True, capture_output=True)
+        return json.loads((tmp_path / "metrics.json").read_text())
+
+    one, two = evaluate(1), evaluate(2)
+    for name in ("eval_nll", "eval_qtarget/trust", "eval_qtarget/target_p_y", "eval_qtarget/grad_mass"):
+        assert two[name] == pytest.approx(one[name], rel=1e-5), name
 
 
 @pytest.mark.parametrize(("rank", "kept"), [(0, [True, True]), (1, [True, False]), (2, [False, False])])
