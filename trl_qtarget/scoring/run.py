@@ -59,7 +59,7 @@ class CacheRun:
         trainer = TargetSFTTrainer(
             teacher, training_args, train_dataset=train, eval_dataset=evaluation, processing_class=tokenizer
         )
-        self.tokenizer, self.accelerator = trainer._tokenizer, trainer.accelerator
+        self.tokenizer, self.accelerator = compat.tokenizer(trainer), trainer.accelerator
         self.model = base_model(trainer.model).to(self.accelerator.device).eval()
         self.datasets = {
             name: dataset
