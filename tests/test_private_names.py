@@ -263,7 +263,7 @@ def test_compat_finds_only_what_it_lists():
         ("import trl\nclass T(trl.SFTTrainer):\n    _loss_names = []\n    async def evaluate(self): ...", "evaluate"),
         ("from trl import SFTConfig\nclass C(SFTConfig):\n    _VALID_DICT_FIELDS = []", "_VALID_DICT_FIELDS"),
         (
-            "from ..training.trainer import TargetSFTTrainer\nclass T(TargetSFTTrainer):\n    def training_step(self): ...",
+            "from ..training.trainer import TargetSFTTrainer as Own\nclass T(Own):\n    def training_step(self): ...",
             "training_step",
         ),
         ("class T:\n    def f(self):\n        return self._skip_prepare_dataset", "_skip_prepare_dataset"),
