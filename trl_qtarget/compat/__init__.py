@@ -40,5 +40,6 @@ from .uses import (
     split_warmup,
     targets_module,
     tokenizer,
+    trains_on_images,
     trl_commands,
 )

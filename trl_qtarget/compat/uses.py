@@ -23,6 +23,11 @@ def tokenizer(trainer: Any) -> Any:
     return trainer._tokenizer
 
 
+def trains_on_images(trainer: Any) -> bool:
+    """Whether an SFTTrainer reads the train dataset as images and text."""
+    return trainer._is_vision_dataset
+
+
 def metrics(trainer: Any, mode: str) -> dict[str, list[float]]:
     """Return the values that an SFTTrainer has collected since its last log; `mode` is "train" or "eval"."""
     return trainer._metrics[mode]

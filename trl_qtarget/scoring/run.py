@@ -8,6 +8,7 @@ import numpy as np
 from datasets import Dataset
 from transformers import AutoConfig, AutoTokenizer
 
+from .. import compat
 from ..cache.fingerprints import model_fingerprint, template_fingerprint, tokenizer_fingerprint
 from ..cache.reader import readable
 from ..cache.sequences import TokenSequence, by_name, dataset_sequences, row_sequences
