@@ -35,7 +35,7 @@ test-trl-%: .venv-versions/trl-%/.installed
 
 # Main is outside the tested range, which the suite says in a warning and in two tests.
 test-main: PACKAGES ?= trl transformers
-test-main: | $(BIN)/pip  ## the default suite with TRL's main and transformers' main (PACKAGES=trl: TRL's alone)
+test-main: | $(BIN)/pip  ## the default suite with main of TRL and of transformers; PACKAGES=trl takes main of TRL alone
 	$(BIN)/python -m venv --clear .venv-versions/main
 	.venv-versions/main/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[test]"
 	.venv-versions/main/bin/python -m pip install --quiet --upgrade $(PACKAGES:%=git+https://github.com/huggingface/%)
