@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import subprocess
 from collections.abc import Iterable
 from importlib import resources
@@ -165,7 +166,7 @@ def script_arguments(command: str) -> Any:
     Raises:
         ImportError: the installed TRL has no such script, or the script has no parser.
     """
-    parser = find(f"trl.scripts.{command}:make_parser")()
-    if not hasattr(parser, "dataclass_types"):
-        raise changed("trl.TrlParser.dataclass_types")
-    return parser.dataclass_types
+    try:
+        return importlib.import_module(f"trl.scripts.{command}").make_parser().dataclass_types
+    except (ImportError, AttributeError) as missing:
+        raise changed(f"trl.scripts.{command}.make_parser().dataclass_types") from missing
