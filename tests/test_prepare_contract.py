@@ -44,7 +44,7 @@ class Untouched:
 
 @pytest.fixture(params=[False, True], ids=["rows", "stream"])
 def prepare(request, tiny_model, tokenizer, tmp_path) -> Callable[..., list[dict[str, Any]]]:
-    """`prepare(rows, promise, **options)`: what TRL makes of rows; `promise` is what an error breaks."""
+    """`prepare(rows, promise, **options)` returns the rows as TRL prepares them; an error breaks `promise`."""
 
     def run(rows, promise, packing=False, **options):
         args = SFTConfig(
@@ -66,7 +66,7 @@ def broken(promise: str) -> AssertionError:
 
 
 def check(prepare, promise, **options):
-    """Vectors end up where TRL puts ids alone, each with its own number, and labels stay beside their tokens."""
+    """Check that TRL moves vectors as it moves ids, whole, with labels beside their tokens, and return the ids."""
     plain, moved = prepare(ROWS, promise, **options), prepare(VECTORS, promise, **options)
     ids = [[int(token[0]) for token in r["input_ids"]] for r in moved]
     if ids != [r["input_ids"] for r in plain]:

@@ -57,7 +57,7 @@ ALLOWED = [
 
 @dataclass
 class Scan:
-    """What one module says: the private names that it uses, and where."""
+    """The private names of other packages that one module uses, and the lines."""
 
     file: str  # relative to the package
     tree: ast.Module
@@ -89,7 +89,7 @@ class Scan:
     # Imports
 
     def _imports(self):
-        """Each imported name with the `module:name` that it stands for."""
+        """Yield each imported name with the `module:name` that it stands for."""
         here = ["trl_qtarget", *Path(self.file).parts[:-1]]
         for node in ast.walk(self.tree):
             if isinstance(node, ast.ImportFrom):
@@ -119,12 +119,12 @@ class Scan:
             self._add(line, name, f"of {ast.unparse(owner)}")
         if not private(name) or name in NAMEDTUPLE:
             return
-        ours = name in self.own and not (name in LISTED and not inside)
-        if not ours and not (inside and name in LISTED):
+        of_this_package = name in self.own and (inside or name not in LISTED)  # an override is the host's name
+        if not of_this_package and not (inside and name in LISTED):
             self._add(line, name, f"of {ast.unparse(owner)}")
 
     def _text(self, line: int, text: str) -> None:
-        """A name in quotation marks: an attribute for `getattr`, or a module to find."""
+        """Report a private name in quotation marks: an attribute for `getattr`, or a module to import by name."""
         if text in UNPROMISED or (text in LISTED and private(text)) or text == "_no_split_modules":
             self._add(line, text, "as a text")
         if re.fullmatch(rf"({'|'.join(HOSTS)})[.:][\w.:]*", text):
@@ -136,7 +136,7 @@ class Scan:
     # Overrides
 
     def _overrides(self, node: ast.ClassDef) -> None:
-        """What a class defines although a class of another package, from which it is derived, has it."""
+        """Report methods and private attributes of another package that a class overrides and compat does not list."""
         functions = [(n.lineno, n.name) for n in node.body if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
         assigned = [
             (n.lineno, target.id)
@@ -169,7 +169,7 @@ def private(name: str) -> bool:
 
 
 def moving(module: str) -> bool:
-    """Whether a host may move the names of a module of its own without a word."""
+    """Whether a module belongs to a host that does not document it."""
     first, *others = module.split(".")
     if first not in (*HOSTS, "torch"):
         return False
@@ -180,13 +180,13 @@ def moving(module: str) -> bool:
 
 @cache
 def listed(host: type, name: str) -> bool:
-    """Whether compat lists a name of this class, or of one from which it is derived."""
+    """Whether compat lists a name of this class or of one of its base classes."""
     entries = [entry.rpartition(".")[0] for entry in compat.PARAMETERS if entry.rpartition(".")[2] == name]
     return any(pkgutil.resolve_name(entry) in host.__mro__ for entry in entries if entry.partition(":")[2])
 
 
 def defined(tree: ast.Module) -> set[str]:
-    """The private names that a module defines: functions, classes, variables, arguments, attributes of `self`."""
+    """Return the private names that a module defines: functions, classes, variables, attributes of `self`."""
     names = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
@@ -200,7 +200,7 @@ def defined(tree: ast.Module) -> set[str]:
 
 @cache
 def trees() -> dict[str, ast.Module]:
-    """Every module of the package but compat's, parsed."""
+    """Parse every module of the package but those of compat."""
     files = {file.relative_to(PACKAGE).as_posix(): file for file in sorted(PACKAGE.rglob("*.py"))}
     return {name: ast.parse(file.read_text()) for name, file in files.items() if not name.startswith("compat/")}
 
@@ -274,7 +274,7 @@ def test_a_private_name_is_found(tmp_path, text, name):
     tree = ast.parse((tmp_path / "text.py").read_text())
     found = Scan("data/text.py", tree, frozenset(defined(tree))).run().found
     assert name in {found_name for _, found_name, _ in found}
-    assert min(line for line, _, _ in found) >= 3  # where it stands
+    assert min(line for line, _, _ in found) >= 3  # the text begins on the third line
 
 
 @pytest.mark.parametrize(
