@@ -119,7 +119,8 @@ class Scan:
             self._add(line, name, f"of {ast.unparse(owner)}")
         if not private(name) or name in NAMEDTUPLE:
             return
-        of_this_package = name in self.own and (inside or name not in LISTED)  # an override is the host's name
+        # an override is the host's name; a name with "qtarget" was put on another package's object by this one
+        of_this_package = "qtarget" in name or (name in self.own and (inside or name not in LISTED))
         if not of_this_package and not (inside and name in LISTED):
             self._add(line, name, f"of {ast.unparse(owner)}")
 
@@ -281,6 +282,7 @@ def test_a_private_name_is_found(tmp_path, text, name):
     "text",
     [
         "from .columns import _join",
+        "model._forward_before_qtarget = model.forward",
         "class A:\n    def __init__(self):\n        self._kept = 1\n\n\ndef f(a):\n    return a._kept",
         "from trl import SFTTrainer\nclass T(SFTTrainer):\n    def log(self, logs): super().log(logs, self._metrics)",
         "from trl import SFTTrainer\nclass T(SFTTrainer):\n    def __init__(self): ...\n    def _own(self): ...",
