@@ -11,7 +11,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test test-distributed test-versions lint format readme bench chains bench-gpu clean
+.PHONY: help quickstart test test-distributed test-versions test-main lint format readme bench chains bench-gpu clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1: /p' $(MAKEFILE_LIST) | awk -F': ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -32,6 +32,16 @@ test-versions: $(VERSIONS:%=test-%)  ## the default suite with each set of tests
 
 test-trl-%: .venv-versions/trl-%/.installed
 	$(<D)/bin/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
+
+# Main is outside the tested range, which the suite says in a warning and in two tests.
+test-main: PACKAGES ?= trl transformers
+test-main: | $(BIN)/pip  ## the default suite with main of TRL and of transformers; PACKAGES=trl takes main of TRL alone
+	$(BIN)/python -m venv --clear .venv-versions/main
+	.venv-versions/main/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[test]"
+	.venv-versions/main/bin/python -m pip install --quiet --upgrade $(PACKAGES:%=git+https://github.com/huggingface/%)
+	.venv-versions/main/bin/python -m pytest -n $(JOBS) --dist worksteal -W "ignore:trl_qtarget is tested with" \
+	    --deselect tests/test_compat.py::test_report \
+	    --deselect tests/test_compat.py::test_this_environment_is_inside_the_range $(ARGS)
 
 lint: $(VENV)/.installed-test,lint  ## ruff, import-linter, pyright
 	$(BIN)/ruff check .

@@ -1,22 +1,21 @@
-"""The seam: each thing that no release of TRL, transformers or accelerate promises, and what is said without it."""
+"""The seam: every name that no release of TRL, transformers or accelerate promises, and the error without it."""
 
 import copy
 import dataclasses
-import importlib.resources
 import inspect
 import pkgutil
+import re
 import subprocess
 import sys
 import warnings
+from types import SimpleNamespace
 
 import pytest
 from datasets import Dataset
 
 from trl_qtarget import TargetSFTConfig, TargetSFTTrainer, compat
+from trl_qtarget.compat import releases
 from trl_qtarget.model.forward import install
-
-
-NAMES = compat.NAMES | compat.NAMES_OF_EXPERTS | compat.NAMES_OF_COMMANDS
 
 
 @pytest.fixture
@@ -40,7 +39,7 @@ def installed(monkeypatch):
 
     def pretend(**versions):
         monkeypatch.setattr(
-            compat, "versions", lambda: {"trl": "1.16.0", "transformers": "5.0.0", "peft": "0.15.0", **versions}
+            releases, "versions", lambda: {"trl": "1.16.0", "transformers": "5.0.0", "peft": "0.15.0", **versions}
         )
         compat.warn_if_outside.cache_clear()
 
@@ -51,9 +50,9 @@ def installed(monkeypatch):
 # What is there
 
 
-@pytest.mark.parametrize(("name", "parameters"), NAMES.items(), ids=NAMES)
-def test_name(name, parameters):
-    compat.find(name, parameters)
+@pytest.mark.parametrize("name", compat.PARAMETERS)
+def test_name(name):
+    compat.find(name)
 
 
 @pytest.mark.parametrize("name", compat.TRAINER_ATTRIBUTES)
@@ -92,24 +91,78 @@ def test_attributes_of_a_trainer_that_has_trained(make):
 
 
 def test_profiles_of_accelerate():
-    files = [file.name for file in importlib.resources.files("trl.accelerate_configs").iterdir()]
-    assert {"zero2.yaml", "zero3.yaml", "fsdp2.yaml", "multi_gpu.yaml"} <= set(files)
+    assert {"zero2", "zero3", "fsdp2", "multi_gpu"} <= set(compat.accelerate_profiles())
 
 
 # What is said once it is not
 
 
-@pytest.mark.parametrize("name", compat.NAMES)
-def test_a_name_that_is_gone_stops_a_trainer_from_being_made(make, monkeypatch, name):
-    *path, last = name.replace(":", ".").split(".")
-    owner = pkgutil.resolve_name(name.rpartition("." if "." in name.partition(":")[2] else ":")[0])
-    if last in vars(owner) and inspect.ismodule(owner):
-        monkeypatch.delattr(owner, last)
-    else:  # of a class: an older definition would take its place
-        monkeypatch.setattr(owner, last, lambda other: None)
-    with pytest.raises(ImportError, match=".".join([*path, last])) as stop:
+@pytest.fixture
+def without(monkeypatch):
+    """`without(name)` takes one private name away, and returns how a message spells it."""
+
+    def remove(name):
+        *path, last = name.replace(":", ".").split(".")
+        owner = pkgutil.resolve_name(name.rpartition("." if "." in name.partition(":")[2] else ":")[0])
+        if last in vars(owner) and inspect.ismodule(owner):
+            monkeypatch.delattr(owner, last)
+        else:  # of a class: an older definition would take its place
+            monkeypatch.setattr(owner, last, lambda other: None)
+        return re.escape(".".join([*path, last]))
+
+    return remove
+
+
+@pytest.mark.parametrize("name", compat.NAMES["a trainer"])
+def test_a_name_that_is_gone_stops_a_trainer_from_being_made(make, without, name):
+    with pytest.raises(ImportError, match=without(name)) as stop:
         make()
     assert compat.tested() in str(stop.value)
+
+
+ENGINES = {
+    "trl.models.utils:prepare_deepspeed": {"deepspeed_plugin": SimpleNamespace(zero_stage=3)},
+    "trl.models.utils:prepare_fsdp": {"fsdp_plugin": SimpleNamespace(fsdp_version=1)},
+    "accelerate.utils:fsdp2_prepare_model": {
+        "fsdp_plugin": SimpleNamespace(fsdp_version=2, transformer_cls_names_to_wrap=None)
+    },
+}
+
+
+def test_a_run_on_one_process_needs_no_name_of_another_engine(make, without):
+    for name in ENGINES:
+        without(name)
+    make().train()
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_a_name_of_an_engine_that_is_gone_stops_a_second_model_from_being_sharded(tiny_model, without, name):
+    accelerator = SimpleNamespace(state=SimpleNamespace(**ENGINES[name]))
+    with pytest.raises(ImportError, match=without(name)):
+        compat.prepare_frozen(tiny_model(), accelerator)
+
+
+@pytest.mark.parametrize("name", ["ds_id", "ds_shape", "ds_status"])
+def test_an_attribute_that_zero3_no_longer_sets_is_named(name):
+    sharded = SimpleNamespace(ds_id=0, ds_shape=(6, 2), ds_status=SimpleNamespace(name="NOT_AVAILABLE"), shape=(0,))
+    assert compat.is_zero3_shard(sharded)
+    assert compat.zero3_shape(sharded) == (6, 2)
+    delattr(sharded, name)
+    for read in (compat.is_zero3_shard, compat.zero3_shape):
+        with pytest.raises(ImportError, match=rf"deepspeed .* has changed .*deepspeed\.zero\.Init\.{name}\."):
+            read(sharded)
+
+
+def test_a_gathered_parameter_is_no_shard():
+    gathered = SimpleNamespace(ds_id=0, ds_shape=(6, 2), ds_status=SimpleNamespace(name="AVAILABLE"), shape=(6, 2))
+    assert not compat.is_zero3_shard(gathered)
+
+
+def test_a_trainer_without_signature_columns_is_named(make):
+    trainer = make()
+    del trainer._signature_columns
+    with pytest.raises(ImportError, match=r"transformers\.Trainer\._signature_columns"):
+        compat.keep_columns(trainer, ["trust"])
 
 
 def test_a_parameter_that_has_moved_is_named(monkeypatch):
@@ -117,13 +170,19 @@ def test_a_parameter_that_has_moved_is_named(monkeypatch):
 
     monkeypatch.setattr(trl.models.utils, "prepare_fsdp", lambda accelerator, model: None)
     with pytest.raises(ImportError, match=r"trl.models.utils.prepare_fsdp\(model, accelerator, \.\.\.\)"):
-        compat.check_names()
+        compat.check_names("a second model under FSDP1")
 
 
 def test_a_module_that_is_gone_is_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, "trl.models.utils", None)
-    with pytest.raises(ImportError, match=r"relies on: trl\.models\.utils\.prepare_"):
+    monkeypatch.setitem(sys.modules, "trl.data_utils", None)
+    with pytest.raises(ImportError, match=r"relies on: trl\.data_utils\.get_dataset_column_names"):
         compat.check_names()
+
+
+def test_profiles_that_are_gone_are_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "trl.accelerate_configs", None)
+    with pytest.raises(ImportError, match=r"relies on: trl\.accelerate_configs"):
+        compat.accelerate_profiles()
 
 
 @pytest.mark.parametrize("prefix", ["model", "", "language_model"])
@@ -156,7 +215,7 @@ def test_a_fraction_of_warmup_is_one_in_every_transformers(tmp_path, given, upda
         {"trl": "1.15.0"},
         {"trl": "1.16.9"},
         {"transformers": "4.56.2"},
-        {"transformers": "5.23.1"},
+        {"transformers": "5.24.1"},
         {"peft": "not installed"},
     ],
 )

@@ -19,6 +19,7 @@ from typing import Any
 import yaml
 from trl import DatasetMixtureConfig
 
+from .. import compat
 from ..evaluation import preferences
 from ..options import preflight
 from ..options.launching import make_launcher
@@ -46,14 +47,14 @@ def parser(command: str, prog: str) -> StrictParser:
     """Return the parser of a command, TRL's made strict."""
     if command in PLUGIN:
         return importlib.import_module(f"trl_qtarget.scripts.{command}").make_parser(prog=prog)
-    kinds = importlib.import_module(f"trl.scripts.{command}").make_parser().dataclass_types
+    kinds = compat.script_arguments(command)
     return StrictParser(kinds, launcher=make_launcher(), prog=prog)
 
 
 def options(command: str) -> list[str]:
     """Return the names of a command's settings, with those of accelerate if accelerate launches the command."""
     of_command = parser(command, command)
-    own = [action.dest for action in of_command._actions if action.dest in of_command.hints]
+    own = [action.dest for action in of_command.actions if action.dest in of_command.hints]
     launch = [word[2:].replace("-", "_") for word in of_command.accelerate if word.startswith("--")]
     return sorted({*own, "env", *launch})
 
@@ -77,7 +78,7 @@ def _stage(stage: Stage, stages: list[Stage], done: set[str]) -> tuple[Ready, li
         nodes = {key: changed(node, stand_ins.replace) for key, node in stage.settings.items()}
         _, checked_launch, mistakes = of_command.take(nodes.items(), STAGE_KEYS)
         # a copy, because dataclasses change the very objects that they are given
-        given = {action.dest: copy.deepcopy(of_command.get_default(action.dest)) for action in of_command._actions}
+        given = {action.dest: copy.deepcopy(of_command.get_default(action.dest)) for action in of_command.actions}
         values, wrong = _values(of_command, checked_launch)
         mistakes += [*wrong, *_adapter_alone(stage, stages), *_wrong(stage.command, given, stand_ins.data())]
         if not mistakes:  # else a wrong setting may be the missing one, misspelled

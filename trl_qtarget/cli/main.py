@@ -173,22 +173,13 @@ def _parsed(script: Any, prog: str, argv: list[str]) -> Any:
 
 def _commands_of_trl() -> dict[str, str]:
     """Return TRL's other commands and their help. Without TRL's list, which is private, every command is passed on."""
-    try:
-        from trl.cli.commands import get_commands
-
-        return {command.name: command.help_text for command in get_commands() if command.name not in COMMANDS}
-    except (ImportError, AttributeError):
-        return {}
+    return {name: text for name, text in compat.trl_commands().items() if name not in COMMANDS}
 
 
 def _run_trl(argv: list[str]) -> int:
     """Run a command of TRL. Return its exit code."""
     try:
-        from trl.cli import main as trl
-    except ImportError:
-        return subprocess.call(["trl", *argv])
-    try:
-        return trl(argv)
+        return compat.run_trl(argv)
     except subprocess.CalledProcessError as ended:  # the launcher's traceback would hide the script's own message
         return ended.returncode if ended.returncode >= 0 else 128 - ended.returncode
 

@@ -124,8 +124,7 @@ def complete(
     The generation settings saved with the model (top-k, repetition penalty, ...) are replaced, so that the model is
     sampled at `temperature` and `top_p` alone.
     """
-    from transformers import GenerationConfig
-    from transformers.generation.logits_process import LogitsProcessorList
+    from transformers import GenerationConfig, LogitsProcessorList
 
     pad = eos_ids[0] if eos_ids else 0  # any id will do: padding is masked
     # replaced rather than passed to generate, which would fill the fields that are left open from the model's own

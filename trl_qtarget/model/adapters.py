@@ -10,6 +10,8 @@ from torch.nn import Module
 from transformers import PreTrainedModel
 from transformers.utils import find_adapter_config_file
 
+from ..compat import targets_module
+
 
 def adapter_config(path: str, revision: str | None = None) -> Any:
     """The configuration of the adapter in a folder or Hub repository, or None if it holds no adapter."""
@@ -40,11 +42,9 @@ def adapts_head(config: Any, names: Iterable[str] = ("lm_head",), tied: bool = F
     """
     embedding = EMBEDDINGS if tied and getattr(config, "ensure_weight_tying", False) else ()
     names = (*names, *embedding)
-    from peft.tuners.tuners_utils import check_target_module_exists
-
     modules, parameters = (getattr(config, f"target_{kind}", None) or () for kind in ("modules", "parameters"))
     on_weight = any(f".{parameter}".endswith(f".{name}.weight") for parameter in parameters for name in names)
-    return on_weight or any(bool(modules and check_target_module_exists(config, name)) for name in names)
+    return on_weight or any(modules and targets_module(config, name) for name in names)
 
 
 def adapters_of(model: Any) -> list[Any]:

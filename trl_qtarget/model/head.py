@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.distributed.tensor import Partial
 from transformers import PreTrainedModel
 
+from ..compat import is_zero3_shard, zero3_shape
 from ..loss.products import Head
 
 
@@ -50,7 +51,7 @@ def _logit_scale(config: Any) -> float:
 def head_rows(model: PreTrainedModel) -> int:
     """Rows of the model's output head, also under ZeRO-3, where the local weight has none."""
     weight: Any = model.get_output_embeddings().weight
-    return getattr(weight, "ds_shape", weight.shape)[0]
+    return zero3_shape(weight)[0]
 
 
 def gathered(*parameters: Any) -> contextlib.AbstractContextManager:
@@ -59,7 +60,7 @@ def gathered(*parameters: Any) -> contextlib.AbstractContextManager:
     Parameters that are already gathered are skipped: an enclosing forward pass owns them, and would find them sharded
     again when the context ends.
     """
-    split = {id(p): p for p in parameters if hasattr(p, "ds_id") and p.ds_status.name != "AVAILABLE"}
+    split = {id(p): p for p in parameters if is_zero3_shard(p)}
     if not split:
         return contextlib.nullcontext()
     import deepspeed

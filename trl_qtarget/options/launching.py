@@ -1,7 +1,6 @@
 """Run a script of this package under accelerate's launcher, as `trl` does, and return how it ended."""
 
 import argparse
-import importlib.resources as resources
 import logging
 import signal
 import subprocess
@@ -17,17 +16,14 @@ from .parsing import SCRIPT, fail
 
 def make_launcher() -> argparse.ArgumentParser:
     """Make the parser of `accelerate launch`, and add TRL's `--accelerate_config`."""
-    from accelerate.commands.launch import launch_command_parser
-
-    parser = launch_command_parser()
+    parser = compat.launch_parser()
     parser.add_argument("--accelerate_config", dest="config_file", type=_accelerate_config)
     return parser
 
 
 def accelerate_configs() -> list[str]:
     """List the profiles of TRL that `--accelerate_config` takes by name; other values are files."""
-    files = [file.name for file in resources.files("trl.accelerate_configs").iterdir()]
-    return sorted(name.removesuffix(".yaml") for name in files if name.endswith(".yaml"))
+    return sorted(compat.accelerate_profiles())
 
 
 def _accelerate_config(name: str) -> str:
@@ -35,7 +31,7 @@ def _accelerate_config(name: str) -> str:
     if Path(name).is_file():
         return name
     if name in accelerate_configs():
-        return str(resources.files("trl.accelerate_configs").joinpath(f"{name}.yaml"))
+        return compat.accelerate_profiles()[name]
     raise argparse.ArgumentTypeError(f"{name!r} is neither a file nor one of {', '.join(accelerate_configs())}")
 
 
@@ -45,11 +41,8 @@ def launched_as(options: list[str]) -> argparse.Namespace:
     Raises:
         ValueError: two options contradict each other.
     """
-    from accelerate.commands import launch as accelerate
-
-    logging.getLogger(accelerate.__name__).addFilter(_is_news)
-    understand = compat.find("accelerate.commands.launch:_validate_launch_command", ("args",))
-    return understand(make_launcher().parse_args([*options, SCRIPT]))[0]
+    logging.getLogger(compat.ACCELERATE_LAUNCH).addFilter(_is_news)
+    return compat.launch_settings(make_launcher().parse_args([*options, SCRIPT]))
 
 
 def launch(module: str, own: list[str], options: list[str], prog: str) -> int:
@@ -57,17 +50,16 @@ def launch(module: str, own: list[str], options: list[str], prog: str) -> int:
 
     The module prints its own errors. The launcher's traceback, which would hide them, is not printed.
     """
-    from accelerate.commands import launch as accelerate
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     # --module: a script that is run by its path puts its folder first on sys.path, where its neighbours shadow modules
     # of the same names
     args = make_launcher().parse_args([*options, "--module", module, *own])
-    logging.getLogger(accelerate.__name__).addFilter(_is_news)
+    logging.getLogger(compat.ACCELERATE_LAUNCH).addFilter(_is_news)
     try:
         with children_stopped():
-            accelerate.launch_command(args)
+            compat.run_launch(args)
         return 0
     except subprocess.CalledProcessError as ended:
         code = ended.returncode

@@ -81,6 +81,11 @@ class StrictParser(TrlParser):
         """Print the message in one line and exit; argparse would print the usage before it."""
         fail(self.prog, message)
 
+    @property
+    def actions(self) -> list[argparse.Action]:
+        """The options of the parser, in the order of its help."""
+        return self._actions
+
     def show_last(self, title: str, names: set[str]) -> None:
         """Move the options of these names into a group of their own at the end of the help."""
         moved = self.add_argument_group(title)._group_actions

@@ -8,6 +8,7 @@ import numpy as np
 from datasets import Dataset
 from transformers import AutoConfig, AutoTokenizer
 
+from .. import compat
 from ..cache.fingerprints import model_fingerprint, template_fingerprint, tokenizer_fingerprint
 from ..cache.reader import readable
 from ..cache.sequences import TokenSequence, by_name, dataset_sequences, row_sequences
@@ -59,7 +60,7 @@ class CacheRun:
         trainer = TargetSFTTrainer(
             teacher, training_args, train_dataset=train, eval_dataset=evaluation, processing_class=tokenizer
         )
-        self.tokenizer, self.accelerator = trainer._tokenizer, trainer.accelerator
+        self.tokenizer, self.accelerator = compat.tokenizer(trainer), trainer.accelerator
         self.model = base_model(trainer.model).to(self.accelerator.device).eval()
         self.datasets = {
             name: dataset

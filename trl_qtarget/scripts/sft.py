@@ -44,7 +44,6 @@ trl-qtarget sft \
 ```
 """
 
-import argparse
 import sys
 import warnings
 from dataclasses import dataclass, field, fields
@@ -134,7 +133,7 @@ def train(trainer, script_args, training_args) -> None:
 
 
 def make_parser(
-    subparsers: argparse._SubParsersAction | None = None,
+    subparsers: Any = None,
     prog: str | None = None,
     more: tuple[type, ...] = (),
     config: type | None = None,
@@ -162,7 +161,7 @@ def make_parser(
         epilog="Options of `accelerate launch` (see its --help) can be given here and in the YAML file, as can "
         f"--accelerate_config with a file or one of {', '.join(accelerate_configs())}.",
     )
-    for action in parser._actions:
+    for action in parser.actions:
         if action.dest == "loss_type":
             action.choices = None  # any value passes here: the configuration refuses it and names --loss
     parser.add_argument(

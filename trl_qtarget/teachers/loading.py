@@ -55,7 +55,7 @@ def shares_base(student: Any, path: str, args: Any) -> bool:
     own = student.peft_config[student.active_adapter]
     same_kind = own.peft_type == adapter.peft_type and (own.revision or "main") == (adapter.revision or "main")
     name = adapter.base_model_name_or_path
-    same_base = bool(name) and name == base_model(student).config._name_or_path
+    same_base = bool(name) and name == base_model(student).config.name_or_path
     # an adapter of the head, or of an embedding that is the head too, would be left out of the logits
     return same_base and same_kind and not adapts_head(adapter, tied=ties_head(student))
 

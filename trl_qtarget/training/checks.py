@@ -38,7 +38,7 @@ def compare_tokenizers(
     Raises:
         ValueError: the token ids differ, or the two split the probes or the first rows of the data differently.
     """
-    names = [m if isinstance(m, str) else m.config._name_or_path for m in (model, teacher)]
+    names = [m if isinstance(m, str) else m.config.name_or_path for m in (model, teacher)]
     student = getattr(processing_class, "tokenizer", processing_class)
     if student is None:
         options: Any = args.model_init_kwargs or {}

@@ -78,8 +78,6 @@ class TargetSFTConfig(SFTConfig):
             transformers take whole numbers only.
     """
 
-    _VALID_DICT_FIELDS = SFTConfig._VALID_DICT_FIELDS + ["loss_kwargs", "teacher_model_init_kwargs"]  # noqa: RUF005
-
     loss: str = field(
         default="target_sft",
         metadata={
@@ -205,7 +203,7 @@ def as_target_config(args: Any, model: Any, teacher: Any) -> TargetSFTConfig:
             )
         return args
     if args is None:
-        name = model if isinstance(model, str) else model.config._name_or_path
+        name = model if isinstance(model, str) else model.config.name_or_path
         return TargetSFTConfig(f"{name.rstrip('/').split('/')[-1]}-TargetSFT")
     given = args.to_dict()
     given |= {name: getattr(args, name) for name in given if name.endswith("_token")}  # to_dict masks tokens

@@ -66,7 +66,7 @@ class TokenSums:
         table = torch.stack(self.sums[mode]).cpu().double()
         self.sums[mode].clear()
         columns: dict[str, Tensor] = dict(zip((*SUMS, "seen", "aux_loss"), table.unbind(-1), strict=True))
-        metrics, tokens = trainer._metrics[mode], columns["tokens"]
+        metrics, tokens = compat.metrics(trainer, mode), columns["tokens"]
         if mode == "train":
             self._count_unlabelled(tokens, metrics)
         prefix = f"{dataset}_" if dataset else ""
@@ -74,9 +74,8 @@ class TokenSums:
             metrics[prefix + name] = [(columns[column].sum() / tokens.sum().clamp(min=1)).item()]
         for name, column in TRL_METRICS.items():  # TRL's definition: the mean over batches of each batch's mean
             metrics[prefix + name] = [(columns[column] / tokens.clamp(min=1)).mean().item()]
-        if mode == "train":
-            trainer._total_train_tokens += int(columns["seen"].sum()) // compat.tensor_parallel_size(trainer)
-        metrics["num_tokens"] = [trainer._total_train_tokens]
+        seen = int(columns["seen"].sum()) // compat.tensor_parallel_size(trainer) if mode == "train" else 0
+        metrics["num_tokens"] = [compat.count_train_tokens(trainer, seen)]
         if trainer.aux_loss_enabled:
             metrics["aux_loss"] = [columns["aux_loss"].mean().item() / trainer.accelerator.num_processes]
 

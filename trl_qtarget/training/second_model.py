@@ -24,9 +24,9 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedModel
 
+from .. import compat
 from ..cache.offline import CachedTeacherCollator, open_cache
 from ..cache.sequences import by_name
-from ..compat import shards_weights
 from ..data.columns import token_columns
 from ..data.known_ids import KnownIds
 from ..model.adapters import base_is_initial, base_model
@@ -125,7 +125,7 @@ def open_second_model(choice: Choice, trainer: Any) -> SecondModel:
     if isinstance(teacher, str):
         teacher = load_teacher(teacher, args)
         refuse_joined_rows(teacher, args)
-    if trainer._is_vision_dataset:
+    if compat.trains_on_images(trainer):
         refuse_images(teacher, args)
     agreement = choice.agreement
     if _clones_template(args):
@@ -170,7 +170,7 @@ def within_student(choice: Choice, trainer: Any) -> ReadModel | None:
         inside = AdaptersOff(student) if choice.base_is_initial else Initial(student)
     elif isinstance(teacher, str) and shares_base(student, teacher, args):
         inside = OtherAdapter(student, teacher, **revision_of(args))
-    if isinstance(inside, Remembered) and shards_weights(trainer.accelerator):
+    if isinstance(inside, Remembered) and compat.shards_weights(trainer.accelerator):
         raise ValueError(
             "psft, teacher_ema_decay, and references of a student that arrives with trained adapters keep copies of "
             "the student's weights, and FSDP or ZeRO-3 shards them: train with DDP or ZeRO-2, or with another loss or "
@@ -184,11 +184,11 @@ def within_student(choice: Choice, trainer: Any) -> ReadModel | None:
 
 
 def _open_cache(trainer: Any) -> SecondModel:
-    if trainer._is_vision_dataset:
+    if compat.trains_on_images(trainer):
         raise ValueError("A teacher cache holds sequences of text: for images pass teacher_model_name_or_path.")
     columns = head_rows(base_model(trainer.model))
     datasets = by_name(trainer.train_dataset, trainer.eval_dataset)
-    cache = open_cache(trainer.args, trainer._tokenizer, columns, datasets)
+    cache = open_cache(trainer.args, compat.tokenizer(trainer), columns, datasets)
     made = cache.settings
     trainer.accelerator.print(f"Teacher: {made.teacher}, {made.k} ids a label from {len(cache)} cached sequences")
     vocabulary = made.vocab_size if made.vocab_size < columns else None
@@ -197,7 +197,7 @@ def _open_cache(trainer: Any) -> SecondModel:
 
 def _common_vocabulary(teacher: Any, agreement: Agreement | None, trainer: Any) -> tuple[int | None, Any]:
     """The number of first ids that the models are compared over, and a collator that refuses data outside of them."""
-    tokenizer = trainer._tokenizer
+    tokenizer = compat.tokenizer(trainer)
     student_rows, teacher_rows = (head_rows(base_model(model)) for model in (trainer.model, teacher))
     vocabulary, report = common_columns(agreement, len(tokenizer), student_rows, teacher_rows)
     trainer.accelerator.print(report)

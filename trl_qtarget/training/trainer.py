@@ -132,7 +132,7 @@ class TargetSFTTrainer(SFTTrainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        self._signature_columns = list(dict.fromkeys([*self._signature_columns, *TOKEN_COLUMNS]))
+        compat.keep_columns(self, TOKEN_COLUMNS)
 
     # Loss
 
