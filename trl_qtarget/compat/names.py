@@ -19,6 +19,7 @@ NAMES: dict[str, dict[str, tuple[str, ...]]] = {
         "transformers:Trainer._get_output_dir": ("self", "trial"),
         "transformers:Trainer._load_from_checkpoint": ("self", "resume_from_checkpoint", "model"),
         "transformers:Trainer._save_checkpoint": ("self", "model", "trial"),
+        "transformers:Trainer.evaluate": ("self", "eval_dataset", "ignore_keys", "metric_key_prefix"),
         "transformers:Trainer.get_batch_samples": ("self", "epoch_iterator", "num_batches", "device"),
         "trl:SFTTrainer._prepare_dataset": (
             "self", "dataset", "processing_class", "args", "packing", "formatting_func", "dataset_name",

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from .. import compat
 from ..loss.teacher import ProjectedLogits
 from ..model.adapters import base_model
 from ..model.check import head_mismatch
@@ -34,7 +35,7 @@ class FirstStep:
         """
         if self.done:
             return
-        if self.pending and not self.trainer._is_vision_dataset:
+        if self.pending and not compat.trains_on_images(self.trainer):
             self._check_heads(model, inputs["input_ids"])
         self.pending, self.done = False, True
         self._log_teacher(scorer, columns)
@@ -60,5 +61,5 @@ class FirstStep:
         elif scorer.teacher is not None:
             log_p_y = columns["reference_log_p_y"]
         if log_p_y is not None:
-            nll = mean_nll(log_p_y, scorer.tokens.labels, trainer.accelerator, len(trainer._tokenizer))
-            trainer._metrics["train"]["qtarget/teacher_nll"].append(nll)
+            nll = mean_nll(log_p_y, scorer.tokens.labels, trainer.accelerator, len(compat.tokenizer(trainer)))
+            compat.metrics(trainer, "train")["qtarget/teacher_nll"].append(nll)

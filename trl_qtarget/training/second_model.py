@@ -129,7 +129,9 @@ def open_second_model(choice: Choice, trainer: Any) -> SecondModel:
         refuse_images(teacher, args)
     agreement = choice.agreement
     if _clones_template(args):
-        agreement = compare_tokenizers(trainer.model, choice.teacher, trainer._tokenizer, args, trainer.train_dataset)
+        agreement = compare_tokenizers(
+            trainer.model, choice.teacher, compat.tokenizer(trainer), args, trainer.train_dataset
+        )
     vocabulary, collator = _common_vocabulary(teacher, agreement, trainer)
     return SecondModel(FrozenModel(teacher, trainer.accelerator, args.teacher_offload), vocabulary, collator)
 
