@@ -2,6 +2,7 @@
 
 import math
 
+import compare
 import pytest
 import torch
 from hypothesis import given, settings
@@ -75,9 +76,20 @@ def both(c, target, more=None, teacher=None, scale=1.0, softcap=None, **kwargs):
     return out, fused, (loss, *torch.autograd.grad(loss, leaves))
 
 
-def close(fused, reference, **tolerance):
-    for a, b in zip(fused, reference, strict=True):
-        torch.testing.assert_close(a.double(), b.double(), **(tolerance or {"rtol": 2e-5, "atol": 2e-5}))
+# What `both` returns, in the order of the stages that compute it: the first that differs tells the stage
+STAGES = {
+    "loss": "the statistics in loss/{tiles}, token_loss in theory/target.py",
+    "gradient of hidden": "write_gradient in loss/{tiles}, hidden_gradient in loss/products.py",
+    "gradient of weight": "add_weight_gradient in loss/products.py",
+    "gradient of bias": "Gradients.add in loss/chunked.py",
+}
+
+
+def close(fused, reference, name="the loss", tiles="torch_tiles.py", parts=tuple(STAGES), **tolerance):
+    tolerance = tolerance or {"rtol": 2e-5, "atol": 2e-5}
+    for part, (a, b) in zip(parts, zip(fused, reference, strict=True), strict=False):
+        where = STAGES[part].format(tiles=tiles)
+        compare.close(a.double(), b.double(), f"{part} of {name!r}", where, **tolerance)
 
 
 @pytest.mark.parametrize(("name", "kwargs"), TARGETS)
@@ -85,14 +97,14 @@ def close(fused, reference, **tolerance):
 def test_every_preset_equals_the_specification(name, kwargs, spread):
     c = case(spread=spread, bias=True)
     _, fused, reference = both(c, build(name, **kwargs), extras(name, c), chunk_size=4)
-    close(fused, reference)
+    close(fused, reference, name)
 
 
 @pytest.mark.parametrize(("name", "kwargs"), TARGETS)
 def test_every_preset_in_double_precision(name, kwargs):
     c = case(dtype=torch.float64, V=31)
     _, fused, reference = both(c, build(name, **kwargs), extras(name, c))
-    close(fused, reference, rtol=1e-10, atol=1e-11)
+    close(fused, reference, name, rtol=1e-10, atol=1e-11)
 
 
 @pytest.mark.parametrize("name", ["dft", "target_sft", "label_smoothing", "gem"])
@@ -124,13 +136,13 @@ def test_scale_softcap_and_bias_of_both_models(name):
     teacher = ProjectedLogits(t.hidden, t.weight, torch.linspace(-1, 1, 67), logit_scale=0.3, softcap=5.0)
     c["teacher"] = teacher
     _, fused, reference = both(c, build(name), scale=0.7, softcap=3.0)
-    close(fused, reference)
+    close(fused, reference, name)
 
 
 @pytest.mark.parametrize("V_T", [50, 67, 90])
 def test_a_teacher_with_other_columns_is_compared_over_the_common_ones(V_T):
     _, fused, reference = both(case(V_T=V_T), build("target_sft", eta=0.3))
-    close(fused, reference)
+    close(fused, reference, "target_sft")
 
 
 @pytest.mark.parametrize("softcap", [3.0, 30.0])
@@ -175,7 +187,7 @@ def test_impossible_columns_on_either_side(eta):
     c["teacher"] = ProjectedLogits(t.hidden, t.weight, hole)
     out, fused, reference = both(c, build("target_sft", eta=eta))
     assert out.loss.isfinite()
-    close(fused[:2], reference[:2])
+    close(fused[:2], reference[:2], "target_sft")
 
 
 @pytest.mark.parametrize("wants", [(True, False), (False, True), (False, False)])
@@ -210,7 +222,7 @@ def test_nothing_to_learn_is_a_differentiable_zero(n):
 def test_results_do_not_depend_on_the_chunk_size_or_the_order(chunk_size):
     c = case(n=29)
     whole, again = both(c, build("asft")), both(c, build("asft"), chunk_size=chunk_size)
-    close(again[1], whole[1])
+    close(again[1], whole[1], "asft", "chunked.py")
     order = torch.randperm(29, generator=torch.Generator().manual_seed(1))
     shuffled = qtarget_loss(
         c["hidden"][order], c["weight"], c["labels"][order], build("asft"), teacher=c["teacher"].take(order)
@@ -225,7 +237,7 @@ def test_one_row_one_column_last_label_and_huge_logits():
         for name in ("nll", "dft", "target_sft", "label_smoothing", "eaft", "idft"):
             out, fused, reference = both(c, build(name))
             assert out.loss.isfinite()
-            close(fused, reference, rtol=1e-4, atol=1e-3)
+            close(fused, reference, name, rtol=1e-4, atol=1e-3)
 
 
 def test_a_label_that_is_almost_certain_keeps_its_digits():
@@ -277,6 +289,8 @@ def test_psft_clamps_the_ratio_and_gives_no_gradient_beyond_the_clamp():
 
 # Sparse teachers
 
+SPARSE = "sparse.py, SparseRows in loss/torch_tiles.py"
+
 
 def top_k(c, k):
     t = c["teacher"]
@@ -303,13 +317,14 @@ def test_a_sparse_teacher_equals_its_tail_written_out(name, k):
     z = dense(c["hidden"], c["weight"])
     loss = reference_loss(z, c["labels"], build(name), sparse_as_dense(c, sparse, z))
     fused = both(c, build(name), teacher=sparse)[1]
-    close(fused, (loss, *torch.autograd.grad(loss, (c["hidden"], c["weight"]))), rtol=1e-9, atol=1e-10)
+    expected = loss, *torch.autograd.grad(loss, (c["hidden"], c["weight"]))
+    close(fused, expected, name, SPARSE, rtol=1e-9, atol=1e-10)
 
 
 @pytest.mark.parametrize("name", TAUGHT)
 def test_a_sparse_teacher_with_every_id_is_the_dense_one(name):
     c = case()
-    close(both(c, build(name), teacher=top_k(c, 67))[1], both(c, build(name))[1])
+    close(both(c, build(name), teacher=top_k(c, 67))[1], both(c, build(name))[1], name, SPARSE)
 
 
 @pytest.mark.parametrize("k", [1, 5, 67])
@@ -318,7 +333,8 @@ def test_a_sparse_teacher_that_is_the_student_is_exact_at_any_k(k):
     top = dense(c["hidden"], c["weight"]).detach().log_softmax(-1).topk(k)
     sparse = TopKLogits(top.indices, top.values)
     dft = both(c, build("dft"))[1]
-    close(both(c, build("target_sft", eta=0.7), teacher=sparse)[1][1:], dft[1:])
+    ours = both(c, build("target_sft", eta=0.7), teacher=sparse)[1]
+    close(ours[1:], dft[1:], "target_sft", SPARSE, parts=tuple(STAGES)[1:])
 
 
 def test_a_sure_student_and_a_doubting_teacher_keep_the_tail():
@@ -376,7 +392,7 @@ def test_token_weight_multiplies_loss_and_gradient():
     c = case(masked=False)
     ones = both(c, build("target_sft"))[1]
     twos = both(c, build("target_sft"), {"token_weight": torch.full((13,), 2.0)})[1]
-    close(twos, [2 * x for x in ones])
+    close(twos, [2 * x for x in ones], "target_sft", "chunked.py")
 
 
 class Largest(TorchDispatchMode):
