@@ -12,11 +12,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from trl_qtarget import PRESETS, ProjectedLogits, Residual, Target, TopKLogits, build, qtarget_loss, reference_loss
 from trl_qtarget.loss import torch_tiles
 from trl_qtarget.loss.fused import LabelCount
+from trl_qtarget.loss.per_token import PerToken, shifted, shifted_labels
 from trl_qtarget.loss.scratch import KEPT
 
 
-SIGNATURE = {"prift": {"statistic": "mass"}}
+SIGNATURE = {"prift": {"statistic": "mass"}, "target_sft": {"eta": 0.3}}  # 0.5 hides which exponent is whose
 TARGETS = [(name, {}) for name in PRESETS] + list(SIGNATURE.items())
+PLANE = [Residual(1.0, 1.0), Residual(1.0, -0.5), Residual(0.2, 0.5)]  # points that no preset has
 TAUGHT = ["kd", "kd_hybrid", "target_sft", "sft_kl", "asft"]
 
 
@@ -105,6 +107,12 @@ def test_every_preset_in_double_precision(name, kwargs):
     c = case(dtype=torch.float64, V=31)
     _, fused, reference = both(c, build(name, **kwargs), extras(name, c))
     close(fused, reference, name, rtol=1e-10, atol=1e-11)
+
+
+@pytest.mark.parametrize("residual", PLANE, ids=str)
+def test_every_residual_of_the_plane_equals_the_specification(residual):
+    _, fused, reference = both(case(), Target(trust=0.4, residual=residual))
+    close(fused, reference, str(residual))
 
 
 @pytest.mark.parametrize("name", ["dft", "target_sft", "label_smoothing", "gem"])
@@ -287,6 +295,24 @@ def test_psft_clamps_the_ratio_and_gives_no_gradient_beyond_the_clamp():
     assert (torch.autograd.grad(loss, z)[0] == 0).all()
 
 
+# Where a number lies in a batch
+
+
+def test_labels_and_columns_lie_where_their_tokens_are_predicted():
+    where = "see shifted and shifted_labels in loss/per_token.py"
+    batch = {"labels": torch.tensor([[-100, 6, 7], [8, 9, -100]])}
+    assert shifted_labels(batch).tolist() == [[6, 7, -100], [9, -100, -100]], where
+    assert shifted(torch.tensor([[0.1, 0.5, 0.25]])).tolist() == [[0.5, 0.25, 0]], where
+    split = torch.tensor([[7, 8, 9]])  # part of a longer row, whose labels are shifted already
+    assert shifted_labels({**batch, "shift_labels": split}) is split, where
+
+
+def test_virtual_tokens_stand_before_those_of_the_data():
+    tokens = PerToken(torch.tensor([[-100, 5, 6]]), trust=torch.tensor([[0.5, 0.25, 1]])).last(2)
+    assert tokens.labels.tolist() == [[5, 6]], "see last in loss/per_token.py"
+    assert tokens.trust.tolist() == [[0.25, 1]], "see last in loss/per_token.py"
+
+
 # Sparse teachers
 
 SPARSE = "sparse.py, SparseRows in loss/torch_tiles.py"
@@ -377,15 +403,21 @@ def test_gradcheck_with_a_fixed_target():
     assert torch.autograd.gradcheck(loss, (c["hidden"], c["weight"], c["bias"]))
 
 
-def test_moved_and_grad_mass_are_half_the_l1_norms():
-    c = case(dtype=torch.float64)
-    for name in PRESETS:
-        out, _, _ = both(c, build(name), extras(name, c))
-        z = dense(c["hidden"], c["weight"]).detach().requires_grad_()
-        t = c["teacher"]
-        loss = reference_loss(z, c["labels"], build(name), dense(t.hidden, t.weight), **extras(name, c))
-        (gradient,) = torch.autograd.grad(loss, z)
-        torch.testing.assert_close(out.grad_mass, gradient.abs().sum(-1) / 2, msg=name)
+@pytest.mark.parametrize("name", PRESETS)
+def test_what_is_told_of_a_target_follows_from_its_gradient(name):
+    """dloss/dz = s * (p - Q) gives Q(y) = p(y) - dloss/dz(y) / s, and the two L1 norms."""
+    c = case(dtype=torch.float64, masked=False)
+    out, _, _ = both(c, build(name), extras(name, c))
+    z = dense(c["hidden"], c["weight"]).detach().requires_grad_()
+    t = c["teacher"]
+    loss = reference_loss(z, c["labels"], build(name), dense(t.hidden, t.weight), **extras(name, c))
+    (gradient,) = torch.autograd.grad(loss, z)
+    p_y, at_label = (torch_tiles.pick(x, c["labels"]) for x in (z.detach().softmax(-1), gradient))
+    s = {"sft_kl": 1.1, "asft": p_y + 0.05}.get(name, 1.0)
+    mass = gradient.abs().sum(-1) / 2
+    for field, expected in {"grad_mass": mass, "moved": mass / s, "target_p_y": p_y - at_label / s}.items():
+        where = "target_p_y in theory/target.py, _weigh in loss/chunked.py, the norm of write_gradient"
+        compare.close(getattr(out, field), expected, f"{field} of {name!r}", where)
 
 
 def test_token_weight_multiplies_loss_and_gradient():
@@ -428,6 +460,7 @@ def test_no_logits_of_the_whole_batch_are_ever_allocated(name):
         ({"target": build("target_sft")}, "needs teacher logits, and no teacher"),
         ({"target": build("asft")}, "needs reference logits"),
         ({"target": build("iw_sft")}, "under another model"),
+        ({"target": build("iw_sft"), "teacher": case()["teacher"]}, "under another model"),
         ({"target": build("critical_token")}, "token_weight"),
         ({"labels": torch.zeros(3, dtype=torch.long)}, "labels has 3 rows, hidden has 13"),
         ({"weight": torch.zeros(67, 9)}, "hidden is 8 wide, weight is 9"),

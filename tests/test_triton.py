@@ -8,10 +8,10 @@ from pathlib import Path
 import compare
 import pytest
 import torch
-from test_loss import TARGETS, TAUGHT, both, case, close, dense, extras, sparse_as_dense, top_k
+from test_loss import PLANE, TARGETS, TAUGHT, both, case, close, dense, extras, sparse_as_dense, top_k
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from trl_qtarget import PRESETS, ProjectedLogits, build, qtarget_loss, reference_loss
+from trl_qtarget import PRESETS, ProjectedLogits, Target, build, qtarget_loss, reference_loss
 from trl_qtarget.loss import chunked
 from trl_qtarget.loss.backends import tiles_for
 from trl_qtarget.loss.fused import LabelCount
@@ -37,6 +37,13 @@ def test_every_preset_equals_the_specification(name, kwargs, dtype, V, n):
         close(fused, reference, name, TILES)
     else:
         close(fused, both(c, target, more, backend="torch")[1], name, TILES, rtol=1e-2, atol=1e-3)
+
+
+@on_cpu
+@pytest.mark.parametrize("residual", PLANE, ids=str)
+def test_every_residual_of_the_plane_equals_the_specification(residual):
+    _, fused, reference = both(case(), Target(trust=0.4, residual=residual), backend="triton")
+    close(fused, reference, str(residual), TILES)
 
 
 @on_cpu
