@@ -42,7 +42,7 @@ def case(n=13, V=67, D=8, D_T=5, V_T=None, dtype=torch.float32, seed=0, spread=1
         "extras": {
             "reference_log_p_y": -normal(n).abs() - 0.1,
             "token_weight": (normal(n) > 0).double(),
-            "trajectory": torch.arange(n) // 4,
+            "trajectory": 100 * (torch.arange(n) // 4),  # ids need not be counted from zero
         },
     }
 
@@ -151,6 +151,53 @@ def test_scale_softcap_and_bias_of_both_models(name):
 def test_a_teacher_with_other_columns_is_compared_over_the_common_ones(V_T):
     _, fused, reference = both(case(V_T=V_T), build("target_sft", eta=0.3))
     close(fused, reference, "target_sft")
+
+
+@pytest.mark.parametrize("V_T", [50, 67, 90])
+@pytest.mark.parametrize("name", ["prift", "psft"])
+def test_a_reference_without_a_column_is_read_off_a_dense_teacher(name, V_T):
+    c = case(V_T=V_T, masked=False)
+    out, fused, reference = both(c, build(name))
+    close(fused, reference, name)
+    taught = dense(c["teacher"].hidden, c["teacher"].weight)[:, :67].softmax(-1)
+    taught = torch.nn.functional.pad(taught, (0, 67 - taught.shape[-1]))
+    if name == "prift":
+        where = "_reads_label in loss/fused.py, teacher_log_p_y in loss/torch_tiles.py"
+        compare.close(out.trust, torch_tiles.pick(taught, c["labels"]).float(), "trust of 'prift'", where)
+
+
+@pytest.mark.parametrize("kind", ["dense", "dense with fewer columns", "top-K"])
+@pytest.mark.parametrize("name", ["target_sft", "asft", "kd"])
+def test_tiles_and_blocks_of_a_few_rows_add_up_to_the_whole(name, kind, monkeypatch):
+    """A block is some thousand of these short rows unless its size is cut down."""
+    c = case(n=29, V_T=50 if "fewer" in kind else None)
+    teacher = top_k(c, 5) if kind == "top-K" else None
+    told, whole, _ = both(c, build(name), teacher=teacher)
+    monkeypatch.setattr(torch_tiles, "BLOCK_BYTES", 3 * 67 * 4)
+    told_in_parts, parts, _ = both(c, build(name), teacher=teacher, chunk_size=8)
+    where = "evaluate and _tile_of in loss/chunked.py, take in loss/teacher.py"
+    close(parts, whole, name, "chunked.py")
+    for field in ("token_loss", "trust", "target_p_y", "moved"):
+        compare.close(getattr(told_in_parts, field), getattr(told, field), f"{field} of {name!r}", where)
+
+
+def test_a_token_of_no_weight_moves_nothing():
+    c, nothing = case(), {"token_weight": torch.zeros(13)}
+    out, fused, _ = both(c, build("target_sft"), nothing)
+    assert all((x == 0).all() for x in fused)
+    for field in ("moved", "grad_mass"):
+        assert (getattr(out, field) == 0).all(), f"{field}: see _weigh in loss/chunked.py"
+
+
+def test_autocast_rounds_the_inputs_and_leaves_double_precision_alone():
+    c, exact = case(), case(dtype=torch.float64)
+    half = case(dtype=torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded, double = both(c, build("dft"))[1], both(exact, build("dft"))[1]
+    assert rounded[1].dtype == torch.float32
+    where = "the choice of `compute` in loss/fused.py"
+    compare.close(rounded[0], both(half, build("dft"))[1][0], "loss under autocast", where)
+    compare.close(double, both(exact, build("dft"))[1], "loss of float64 under autocast", where)
 
 
 @pytest.mark.parametrize("softcap", [3.0, 30.0])
@@ -407,15 +454,18 @@ def test_gradcheck_with_a_fixed_target():
 def test_what_is_told_of_a_target_follows_from_its_gradient(name):
     """dloss/dz = s * (p - Q) gives Q(y) = p(y) - dloss/dz(y) / s, and the two L1 norms."""
     c = case(dtype=torch.float64, masked=False)
-    out, _, _ = both(c, build(name), extras(name, c))
+    token_weight = torch.linspace(-1, 2, 14, dtype=torch.float64)[:13]  # none is zero
+    more = {"token_weight": token_weight, **extras(name, c)}
+    out, _, _ = both(c, build(name), more)
     z = dense(c["hidden"], c["weight"]).detach().requires_grad_()
     t = c["teacher"]
-    loss = reference_loss(z, c["labels"], build(name), dense(t.hidden, t.weight), **extras(name, c))
+    loss = reference_loss(z, c["labels"], build(name), dense(t.hidden, t.weight), **more)
     (gradient,) = torch.autograd.grad(loss, z)
     p_y, at_label = (torch_tiles.pick(x, c["labels"]) for x in (z.detach().softmax(-1), gradient))
     s = {"sft_kl": 1.1, "asft": p_y + 0.05}.get(name, 1.0)
+    s = s if name == "critical_token" else s * token_weight
     mass = gradient.abs().sum(-1) / 2
-    for field, expected in {"grad_mass": mass, "moved": mass / s, "target_p_y": p_y - at_label / s}.items():
+    for field, expected in {"grad_mass": mass, "moved": mass / abs(s), "target_p_y": p_y - at_label / s}.items():
         where = "target_p_y in theory/target.py, _weigh in loss/chunked.py, the norm of write_gradient"
         compare.close(getattr(out, field), expected, f"{field} of {name!r}", where)
 
@@ -461,6 +511,7 @@ def test_no_logits_of_the_whole_batch_are_ever_allocated(name):
         ({"target": build("asft")}, "needs reference logits"),
         ({"target": build("iw_sft")}, "under another model"),
         ({"target": build("iw_sft"), "teacher": case()["teacher"]}, "under another model"),
+        ({"target": build("prift"), "teacher": top_k(case(), 3)}, "A top-K teacher does not give every label's"),
         ({"target": build("critical_token")}, "token_weight"),
         ({"labels": torch.zeros(3, dtype=torch.long)}, "labels has 3 rows, hidden has 13"),
         ({"weight": torch.zeros(67, 9)}, "hidden is 8 wide, weight is 9"),
