@@ -455,7 +455,7 @@ def test_what_is_told_of_a_target_follows_from_its_gradient(name):
     """dloss/dz = s * (p - Q) gives Q(y) = p(y) - dloss/dz(y) / s, and the two L1 norms."""
     c = case(dtype=torch.float64, masked=False)
     token_weight = torch.linspace(-1, 2, 14, dtype=torch.float64)[:13]  # none is zero
-    more = {"token_weight": token_weight, **extras(name, c)}
+    more = {**extras(name, c), "token_weight": token_weight}
     out, _, _ = both(c, build(name), more)
     z = dense(c["hidden"], c["weight"]).detach().requires_grad_()
     t = c["teacher"]
@@ -468,6 +468,34 @@ def test_what_is_told_of_a_target_follows_from_its_gradient(name):
     for field, expected in {"grad_mass": mass, "moved": mass / abs(s), "target_p_y": p_y - at_label / s}.items():
         where = "target_p_y in theory/target.py, _weigh in loss/chunked.py, the norm of write_gradient"
         compare.close(getattr(out, field), expected, f"{field} of {name!r}", where)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("teacher", [None, 5], ids=["dense", "top-K"])
+def test_what_is_told_of_a_student_is_that_of_its_logits(teacher, backend):
+    if backend == "triton":
+        pytest.importorskip("triton")
+    c = case(masked=False)
+    log_p = dense(c["hidden"], c["weight"]).detach().log_softmax(-1)
+    c["labels"][:3] = log_p[:3].argmax(-1)
+    out, _, _ = both(c, build("target_sft"), teacher=teacher and top_k(c, teacher), backend=backend)
+    entropy = torch.special.entr(log_p.exp()).sum(-1)
+    for field, expected in {"log_p_y": torch_tiles.pick(log_p, c["labels"]), "entropy": entropy}.items():
+        compare.close(getattr(out, field), expected.float(), field, f"the statistics in loss/{backend}_tiles.py")
+    assert torch.equal(out.is_top1, log_p.argmax(-1) == c["labels"]), f"is_top1: see loss/{backend}_tiles.py"
+
+
+def test_what_is_told_of_tokens_carries_no_gradient():
+    out, _, _ = both(case(), build("target_sft"))
+    with_gradient = [name for name, x in vars(out).items() if x.requires_grad]
+    assert with_gradient == ["loss"], "see mark_non_differentiable in loss/chunked.py"
+
+
+def test_rules_compute_in_double_precision():
+    """A probability of e^-120 is zero in single precision, and so are all its powers."""
+    hidden, weight = torch.tensor([[120.0, 0.0]]), torch.eye(2)
+    out = qtarget_loss(hidden, weight, torch.tensor([1]), Target(trust=lambda t: t.p_y**0.1))
+    assert out.trust.item() == pytest.approx(math.exp(-12), rel=1e-3), "see _precise in loss/chunked.py"
 
 
 def test_token_weight_multiplies_loss_and_gradient():
