@@ -2,6 +2,7 @@
 
 import math
 
+import compare
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,11 +12,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from trl_qtarget import PRESETS, ProjectedLogits, Residual, Target, TopKLogits, build, qtarget_loss, reference_loss
 from trl_qtarget.loss import torch_tiles
 from trl_qtarget.loss.fused import LabelCount
+from trl_qtarget.loss.per_token import PerToken, shifted, shifted_labels
 from trl_qtarget.loss.scratch import KEPT
 
 
-SIGNATURE = {"prift": {"statistic": "mass"}}
+SIGNATURE = {"prift": {"statistic": "mass"}, "target_sft": {"eta": 0.3}}  # 0.5 hides which exponent is whose
 TARGETS = [(name, {}) for name in PRESETS] + list(SIGNATURE.items())
+PLANE = [Residual(1.0, 1.0), Residual(1.0, -0.5), Residual(0.2, 0.5)]  # points that no preset has
 TAUGHT = ["kd", "kd_hybrid", "target_sft", "sft_kl", "asft"]
 
 
@@ -39,7 +42,7 @@ def case(n=13, V=67, D=8, D_T=5, V_T=None, dtype=torch.float32, seed=0, spread=1
         "extras": {
             "reference_log_p_y": -normal(n).abs() - 0.1,
             "token_weight": (normal(n) > 0).double(),
-            "trajectory": torch.arange(n) // 4,
+            "trajectory": 100 * (torch.arange(n) // 4),  # ids need not be counted from zero
         },
     }
 
@@ -75,9 +78,20 @@ def both(c, target, more=None, teacher=None, scale=1.0, softcap=None, **kwargs):
     return out, fused, (loss, *torch.autograd.grad(loss, leaves))
 
 
-def close(fused, reference, **tolerance):
-    for a, b in zip(fused, reference, strict=True):
-        torch.testing.assert_close(a.double(), b.double(), **(tolerance or {"rtol": 2e-5, "atol": 2e-5}))
+# What `both` returns, in the order of the stages that compute it: the first that differs tells the stage
+STAGES = {
+    "loss": "the statistics in loss/{tiles}, token_loss in theory/target.py",
+    "gradient of hidden": "write_gradient in loss/{tiles}, hidden_gradient in loss/products.py",
+    "gradient of weight": "add_weight_gradient in loss/products.py",
+    "gradient of bias": "Gradients.add in loss/chunked.py",
+}
+
+
+def close(fused, reference, name="the loss", tiles="torch_tiles.py", parts=tuple(STAGES), **tolerance):
+    tolerance = tolerance or {"rtol": 2e-5, "atol": 2e-5}
+    for part, (a, b) in zip(parts, zip(fused, reference, strict=True), strict=False):
+        where = STAGES[part].format(tiles=tiles)
+        compare.close(a.double(), b.double(), f"{part} of {name!r}", where, **tolerance)
 
 
 @pytest.mark.parametrize(("name", "kwargs"), TARGETS)
@@ -85,14 +99,20 @@ def close(fused, reference, **tolerance):
 def test_every_preset_equals_the_specification(name, kwargs, spread):
     c = case(spread=spread, bias=True)
     _, fused, reference = both(c, build(name, **kwargs), extras(name, c), chunk_size=4)
-    close(fused, reference)
+    close(fused, reference, name)
 
 
 @pytest.mark.parametrize(("name", "kwargs"), TARGETS)
 def test_every_preset_in_double_precision(name, kwargs):
     c = case(dtype=torch.float64, V=31)
     _, fused, reference = both(c, build(name, **kwargs), extras(name, c))
-    close(fused, reference, rtol=1e-10, atol=1e-11)
+    close(fused, reference, name, rtol=1e-10, atol=1e-11)
+
+
+@pytest.mark.parametrize("residual", PLANE, ids=str)
+def test_every_residual_of_the_plane_equals_the_specification(residual):
+    _, fused, reference = both(case(), Target(trust=0.4, residual=residual))
+    close(fused, reference, str(residual))
 
 
 @pytest.mark.parametrize("name", ["dft", "target_sft", "label_smoothing", "gem"])
@@ -124,13 +144,60 @@ def test_scale_softcap_and_bias_of_both_models(name):
     teacher = ProjectedLogits(t.hidden, t.weight, torch.linspace(-1, 1, 67), logit_scale=0.3, softcap=5.0)
     c["teacher"] = teacher
     _, fused, reference = both(c, build(name), scale=0.7, softcap=3.0)
-    close(fused, reference)
+    close(fused, reference, name)
 
 
 @pytest.mark.parametrize("V_T", [50, 67, 90])
 def test_a_teacher_with_other_columns_is_compared_over_the_common_ones(V_T):
     _, fused, reference = both(case(V_T=V_T), build("target_sft", eta=0.3))
-    close(fused, reference)
+    close(fused, reference, "target_sft")
+
+
+@pytest.mark.parametrize("V_T", [50, 67, 90])
+@pytest.mark.parametrize("name", ["prift", "psft"])
+def test_a_reference_without_a_column_is_read_off_a_dense_teacher(name, V_T):
+    c = case(V_T=V_T, masked=False)
+    out, fused, reference = both(c, build(name))
+    close(fused, reference, name)
+    taught = dense(c["teacher"].hidden, c["teacher"].weight)[:, :67].softmax(-1)
+    taught = torch.nn.functional.pad(taught, (0, 67 - taught.shape[-1]))
+    if name == "prift":
+        where = "_reads_label in loss/fused.py, teacher_log_p_y in loss/torch_tiles.py"
+        compare.close(out.trust, torch_tiles.pick(taught, c["labels"]).float(), "trust of 'prift'", where)
+
+
+@pytest.mark.parametrize("kind", ["dense", "dense with fewer columns", "top-K"])
+@pytest.mark.parametrize("name", ["target_sft", "asft", "kd"])
+def test_tiles_and_blocks_of_a_few_rows_add_up_to_the_whole(name, kind, monkeypatch):
+    """A block is some thousand of these short rows unless its size is cut down."""
+    c = case(n=29, V_T=50 if "fewer" in kind else None)
+    teacher = top_k(c, 5) if kind == "top-K" else None
+    told, whole, _ = both(c, build(name), teacher=teacher)
+    monkeypatch.setattr(torch_tiles, "BLOCK_BYTES", 3 * 67 * 4)
+    told_in_parts, parts, _ = both(c, build(name), teacher=teacher, chunk_size=8)
+    where = "evaluate and _tile_of in loss/chunked.py, take in loss/teacher.py"
+    close(parts, whole, name, "chunked.py")
+    for field in ("token_loss", "trust", "target_p_y", "moved"):
+        compare.close(getattr(told_in_parts, field), getattr(told, field), f"{field} of {name!r}", where)
+
+
+def test_a_token_of_no_weight_moves_nothing():
+    c, nothing = case(), {"token_weight": torch.zeros(13)}
+    out, fused, _ = both(c, build("target_sft"), nothing)
+    assert all((x == 0).all() for x in fused)
+    for field in ("moved", "grad_mass"):
+        assert (getattr(out, field) == 0).all(), f"{field}: see _weigh in loss/chunked.py"
+
+
+def test_autocast_rounds_the_inputs_and_leaves_double_precision_alone():
+    c, exact = case(), case(dtype=torch.float64)
+    half = case(dtype=torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded, double = both(c, build("dft"))[1], both(exact, build("dft"))[1]
+    assert rounded[1].dtype == torch.float32
+    where = "the choice of `compute` in loss/fused.py"
+    compare.close(rounded[0], both(half, build("dft"))[1][0], "loss under autocast", where)
+    compare.close(double, both(exact, build("dft"))[1], "loss of float64 under autocast", where)
 
 
 @pytest.mark.parametrize("softcap", [3.0, 30.0])
@@ -175,7 +242,7 @@ def test_impossible_columns_on_either_side(eta):
     c["teacher"] = ProjectedLogits(t.hidden, t.weight, hole)
     out, fused, reference = both(c, build("target_sft", eta=eta))
     assert out.loss.isfinite()
-    close(fused[:2], reference[:2])
+    close(fused[:2], reference[:2], "target_sft")
 
 
 @pytest.mark.parametrize("wants", [(True, False), (False, True), (False, False)])
@@ -210,7 +277,7 @@ def test_nothing_to_learn_is_a_differentiable_zero(n):
 def test_results_do_not_depend_on_the_chunk_size_or_the_order(chunk_size):
     c = case(n=29)
     whole, again = both(c, build("asft")), both(c, build("asft"), chunk_size=chunk_size)
-    close(again[1], whole[1])
+    close(again[1], whole[1], "asft", "chunked.py")
     order = torch.randperm(29, generator=torch.Generator().manual_seed(1))
     shuffled = qtarget_loss(
         c["hidden"][order], c["weight"], c["labels"][order], build("asft"), teacher=c["teacher"].take(order)
@@ -225,7 +292,7 @@ def test_one_row_one_column_last_label_and_huge_logits():
         for name in ("nll", "dft", "target_sft", "label_smoothing", "eaft", "idft"):
             out, fused, reference = both(c, build(name))
             assert out.loss.isfinite()
-            close(fused, reference, rtol=1e-4, atol=1e-3)
+            close(fused, reference, name, rtol=1e-4, atol=1e-3)
 
 
 def test_a_label_that_is_almost_certain_keeps_its_digits():
@@ -275,7 +342,27 @@ def test_psft_clamps_the_ratio_and_gives_no_gradient_beyond_the_clamp():
     assert (torch.autograd.grad(loss, z)[0] == 0).all()
 
 
+# Where a number lies in a batch
+
+
+def test_labels_and_columns_lie_where_their_tokens_are_predicted():
+    where = "see shifted and shifted_labels in loss/per_token.py"
+    batch = {"labels": torch.tensor([[-100, 6, 7], [8, 9, -100]])}
+    assert shifted_labels(batch).tolist() == [[6, 7, -100], [9, -100, -100]], where
+    assert shifted(torch.tensor([[0.1, 0.5, 0.25]])).tolist() == [[0.5, 0.25, 0]], where
+    split = torch.tensor([[7, 8, 9]])  # part of a longer row, whose labels are shifted already
+    assert shifted_labels({**batch, "shift_labels": split}) is split, where
+
+
+def test_virtual_tokens_stand_before_those_of_the_data():
+    tokens = PerToken(torch.tensor([[-100, 5, 6]]), trust=torch.tensor([[0.5, 0.25, 1]])).last(2)
+    assert tokens.labels.tolist() == [[5, 6]], "see last in loss/per_token.py"
+    assert tokens.trust.tolist() == [[0.25, 1]], "see last in loss/per_token.py"
+
+
 # Sparse teachers
+
+SPARSE = "sparse.py, SparseRows in loss/torch_tiles.py"
 
 
 def top_k(c, k):
@@ -303,13 +390,14 @@ def test_a_sparse_teacher_equals_its_tail_written_out(name, k):
     z = dense(c["hidden"], c["weight"])
     loss = reference_loss(z, c["labels"], build(name), sparse_as_dense(c, sparse, z))
     fused = both(c, build(name), teacher=sparse)[1]
-    close(fused, (loss, *torch.autograd.grad(loss, (c["hidden"], c["weight"]))), rtol=1e-9, atol=1e-10)
+    expected = loss, *torch.autograd.grad(loss, (c["hidden"], c["weight"]))
+    close(fused, expected, name, SPARSE, rtol=1e-9, atol=1e-10)
 
 
 @pytest.mark.parametrize("name", TAUGHT)
 def test_a_sparse_teacher_with_every_id_is_the_dense_one(name):
     c = case()
-    close(both(c, build(name), teacher=top_k(c, 67))[1], both(c, build(name))[1])
+    close(both(c, build(name), teacher=top_k(c, 67))[1], both(c, build(name))[1], name, SPARSE)
 
 
 @pytest.mark.parametrize("k", [1, 5, 67])
@@ -318,7 +406,8 @@ def test_a_sparse_teacher_that_is_the_student_is_exact_at_any_k(k):
     top = dense(c["hidden"], c["weight"]).detach().log_softmax(-1).topk(k)
     sparse = TopKLogits(top.indices, top.values)
     dft = both(c, build("dft"))[1]
-    close(both(c, build("target_sft", eta=0.7), teacher=sparse)[1][1:], dft[1:])
+    ours = both(c, build("target_sft", eta=0.7), teacher=sparse)[1]
+    close(ours[1:], dft[1:], "target_sft", SPARSE, parts=tuple(STAGES)[1:])
 
 
 def test_a_sure_student_and_a_doubting_teacher_keep_the_tail():
@@ -361,22 +450,59 @@ def test_gradcheck_with_a_fixed_target():
     assert torch.autograd.gradcheck(loss, (c["hidden"], c["weight"], c["bias"]))
 
 
-def test_moved_and_grad_mass_are_half_the_l1_norms():
-    c = case(dtype=torch.float64)
-    for name in PRESETS:
-        out, _, _ = both(c, build(name), extras(name, c))
-        z = dense(c["hidden"], c["weight"]).detach().requires_grad_()
-        t = c["teacher"]
-        loss = reference_loss(z, c["labels"], build(name), dense(t.hidden, t.weight), **extras(name, c))
-        (gradient,) = torch.autograd.grad(loss, z)
-        torch.testing.assert_close(out.grad_mass, gradient.abs().sum(-1) / 2, msg=name)
+@pytest.mark.parametrize("name", PRESETS)
+def test_what_is_told_of_a_target_follows_from_its_gradient(name):
+    """dloss/dz = s * (p - Q) gives Q(y) = p(y) - dloss/dz(y) / s, and the two L1 norms."""
+    c = case(dtype=torch.float64, masked=False)
+    token_weight = torch.linspace(-1, 2, 14, dtype=torch.float64)[:13]  # none is zero
+    more = {**extras(name, c), "token_weight": token_weight}
+    out, _, _ = both(c, build(name), more)
+    z = dense(c["hidden"], c["weight"]).detach().requires_grad_()
+    t = c["teacher"]
+    loss = reference_loss(z, c["labels"], build(name), dense(t.hidden, t.weight), **more)
+    (gradient,) = torch.autograd.grad(loss, z)
+    p_y, at_label = (torch_tiles.pick(x, c["labels"]) for x in (z.detach().softmax(-1), gradient))
+    s = {"sft_kl": 1.1, "asft": p_y + 0.05}.get(name, 1.0)
+    s = s if name == "critical_token" else s * token_weight
+    mass = gradient.abs().sum(-1) / 2
+    for field, expected in {"grad_mass": mass, "moved": mass / abs(s), "target_p_y": p_y - at_label / s}.items():
+        where = "target_p_y in theory/target.py, _weigh in loss/chunked.py, the norm of write_gradient"
+        compare.close(getattr(out, field), expected, f"{field} of {name!r}", where)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("teacher", [None, 5], ids=["dense", "top-K"])
+def test_what_is_told_of_a_student_is_that_of_its_logits(teacher, backend):
+    if backend == "triton":
+        pytest.importorskip("triton")
+    c = case(masked=False)
+    log_p = dense(c["hidden"], c["weight"]).detach().log_softmax(-1)
+    c["labels"][:3] = log_p[:3].argmax(-1)
+    out, _, _ = both(c, build("target_sft"), teacher=teacher and top_k(c, teacher), backend=backend)
+    entropy = torch.special.entr(log_p.exp()).sum(-1)
+    for field, expected in {"log_p_y": torch_tiles.pick(log_p, c["labels"]), "entropy": entropy}.items():
+        compare.close(getattr(out, field), expected.float(), field, f"the statistics in loss/{backend}_tiles.py")
+    assert torch.equal(out.is_top1, log_p.argmax(-1) == c["labels"]), f"is_top1: see loss/{backend}_tiles.py"
+
+
+def test_what_is_told_of_tokens_carries_no_gradient():
+    out, _, _ = both(case(), build("target_sft"))
+    with_gradient = [name for name, x in vars(out).items() if x.requires_grad]
+    assert with_gradient == ["loss"], "see mark_non_differentiable in loss/chunked.py"
+
+
+def test_rules_compute_in_double_precision():
+    """A probability of e^-120 is zero in single precision, and so are all its powers."""
+    hidden, weight = torch.tensor([[120.0, 0.0]]), torch.eye(2)
+    out = qtarget_loss(hidden, weight, torch.tensor([1]), Target(trust=lambda t: t.p_y**0.1))
+    assert out.trust.item() == pytest.approx(math.exp(-12), rel=1e-3), "see _precise in loss/chunked.py"
 
 
 def test_token_weight_multiplies_loss_and_gradient():
     c = case(masked=False)
     ones = both(c, build("target_sft"))[1]
     twos = both(c, build("target_sft"), {"token_weight": torch.full((13,), 2.0)})[1]
-    close(twos, [2 * x for x in ones])
+    close(twos, [2 * x for x in ones], "target_sft", "chunked.py")
 
 
 class Largest(TorchDispatchMode):
@@ -412,6 +538,8 @@ def test_no_logits_of_the_whole_batch_are_ever_allocated(name):
         ({"target": build("target_sft")}, "needs teacher logits, and no teacher"),
         ({"target": build("asft")}, "needs reference logits"),
         ({"target": build("iw_sft")}, "under another model"),
+        ({"target": build("iw_sft"), "teacher": case()["teacher"]}, "under another model"),
+        ({"target": build("prift"), "teacher": top_k(case(), 3)}, "A top-K teacher does not give every label's"),
         ({"target": build("critical_token")}, "token_weight"),
         ({"labels": torch.zeros(3, dtype=torch.long)}, "labels has 3 rows, hidden has 13"),
         ({"weight": torch.zeros(67, 9)}, "hidden is 8 wide, weight is 9"),

@@ -9,6 +9,7 @@ import conftest
 import pytest
 import torch
 import zoo
+from compare import Step, logged, same
 from datasets import Dataset
 from transformers import BitsAndBytesConfig
 from trl import SFTConfig, SFTTrainer
@@ -86,16 +87,10 @@ def make(tokenizer, rows, tmp_path):
     return run
 
 
-def steps(trainer, *names) -> list[list[float]]:
+def steps(trainer, *names) -> list[Step]:
     """What each step of its training logs."""
     trainer.train()
-    return [[entry[name] for name in names] for entry in trainer.state.log_history if "grad_norm" in entry]
-
-
-def same(a, b, rel=1e-5):
-    assert len(a) == len(b) > 0
-    for x, y in zip(a, b, strict=True):
-        assert x == pytest.approx(y, rel=rel)
+    return logged(trainer, *names)
 
 
 # Beside the model's own logits

@@ -5,6 +5,7 @@ import math
 import sys
 from dataclasses import dataclass, replace
 
+import compare
 import pytest
 import torch
 import torch.nn.functional as F
@@ -99,9 +100,20 @@ def published(problem: Problem, loss, token_weight: Tensor | float = 1.0, **kwar
     return value.detach(), torch.autograd.grad(value, z)[0]
 
 
-def assert_close(actual, expected):
+# A loss and its gradient, and where to look if the first that differs is this one
+STAGES = {
+    "loss": "the rules in theory/presets.py, weights and token_loss in theory/target.py",
+    "gradient": "the rules in theory/presets.py; if all presets fail, no_grad and _target_mass in theory/reference.py",
+}
+
+
+def assert_close(actual, expected, name="the target", where=None):
     """Tighter than torch's 1e-7 for float64, which lets single precision in a weight pass."""
-    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
+    stages = STAGES
+    if isinstance(actual, Tensor):
+        actual, expected, stages = (actual,), (expected,), {"a result": "theory/presets.py, theory/reference.py"}
+    for (part, stage), a, b in zip(stages.items(), actual, expected, strict=True):
+        compare.close(a, b, f"{part} of {name!r}", where or stage, rtol=1e-10, atol=1e-10)
 
 
 def with_own_reference(problem: Problem) -> Problem:
@@ -124,7 +136,7 @@ def test_preset_has_an_oracle_and_every_argument_a_test(name):
 @settings(max_examples=40)
 @given(problem=problems())
 def test_preset_is_its_papers_loss(name, kwargs, problem):
-    assert_close(ours(problem, build(name, **kwargs)), published(problem, PUBLISHED[name], **kwargs))
+    assert_close(ours(problem, build(name, **kwargs)), published(problem, PUBLISHED[name], **kwargs), name)
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -138,7 +150,8 @@ def test_gradient_rows_sum_to_zero(name, problem):
 @given(problem=problems(), weight=st.floats(0, 3))
 def test_token_weight_multiplies_the_loss(name, problem, weight):
     token_weight = problem.extra.token_weight * weight + 0.5
-    assert_close(ours(problem, build(name), token_weight), published(problem, PUBLISHED[name], token_weight))
+    weighted = published(problem, PUBLISHED[name], token_weight)
+    assert_close(ours(problem, build(name), token_weight), weighted, name, "_is_weighted in theory/target.py")
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -172,6 +185,46 @@ def test_batch_without_labels_is_a_differentiable_zero(name, n):
     value, gradient = ours(Problem(torch.zeros(n, 5), torch.full((n,), -100), extra), build(name))
     assert value == 0
     assert torch.equal(gradient, torch.zeros(n, 5))
+
+
+@pytest.mark.parametrize("name", ["beyond_log", "psft", "deft", "gem", "sft_kl", "asft"])
+@pytest.mark.parametrize("gamma", [0.3, 1.0], ids=["column", "trusted tokens"])
+@given(problem=problems(hard=False))
+def test_under_another_trust_the_value_is_that_of_the_cross_entropy(name, gamma, problem):
+    """What a paper publishes holds for its own gamma alone."""
+    z, y, extra = problem.logits, problem.labels, problem.extra
+    target, column = build(name), {"trust": z.new_full(y.shape, gamma)}
+    if gamma == 1:
+        target, column = target.trusting(token_ids=range(z.shape[-1])), {}
+    value = reference_loss(z, y, target, extra.teacher_logits, reference_log_p_y=extra.reference_log_p_y, **column)
+    log_p_y, log_p = log_p_of(z, y), z.log_softmax(-1)
+    reference, sharpened = extra.teacher_logits.softmax(-1), (z / 0.7).softmax(-1)
+    residual, share = {"gem": (sharpened, -1), "sft_kl": (reference, 1 - gamma), "asft": (reference, 1 - gamma)}.get(
+        name,
+        (torch.zeros_like(z), 0),  # the student: its term has no gradient and is left out
+    )
+    s = {"sft_kl": 1.1, "asft": log_p_y.exp() + 0.05}.get(name, 1)
+    expected = (s * (-gamma * log_p_y - share * (residual * log_p).sum(-1))).sum()
+    assert_close(value, expected, name, "token_loss and trusting in theory/target.py")
+
+
+@pytest.mark.parametrize(("student", "teacher"), [(0.3, 0.2), (1.0, 0.5), (1.0, 1.0), (0.0, 2.0), (1.5, -0.5)])
+@given(problem=problems(hard=False))
+def test_every_residual_of_the_plane_is_the_pool_of_both_models(student, teacher, problem):
+    def written_out(logits, labels, extra):
+        pool = (student * logits.detach() + teacher * extra.teacher_logits).softmax(-1)
+        target = 0.4 * F.one_hot(labels, logits.shape[-1]).to(pool) + 0.6 * pool
+        return F.cross_entropy(logits, target, reduction="none")
+
+    target = Target(trust=0.4, residual=Residual(student, teacher))
+    where = "pool and _target_mass in theory/reference.py, is_student in theory/target.py"
+    assert_close(ours(problem, target), published(problem, written_out), f"{target.residual}", where)
+
+
+def test_critical_token_reads_a_weight_once():
+    logits, labels = torch.zeros(1, 2, dtype=torch.float64), torch.tensor([0])
+    loss = reference_loss(logits, labels, build("critical_token"), token_weight=torch.tensor([0.5]))
+    assert loss == pytest.approx(0.5 * math.log(2)), "_is_weighted in theory/target.py"
 
 
 def test_profit_keeps_a_token_at_its_threshold():

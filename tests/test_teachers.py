@@ -5,8 +5,10 @@ import logging
 import math
 from types import SimpleNamespace
 
+import compare
 import pytest
 import torch
+from compare import logged
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
@@ -59,15 +61,9 @@ def adapter_dir(student_dir, tokenizer, tmp_path_factory):
     return str(folder)
 
 
-def logged(trainer, *names):
-    return [[entry[name] for name in names] for entry in trainer.state.log_history if "grad_norm" in entry]
-
-
 def same(a, b, rel=1e-4):
     a, b = (logged(x, "loss", "grad_norm") for x in (a, b))
-    assert len(a) == len(b) > 0
-    for x, y in zip(a, b, strict=True):
-        assert x == pytest.approx(y, rel=rel)
+    compare.same(a, b, rel, where="teachers/models.py, teachers/placement.py")
 
 
 def equal_weights(a, b):

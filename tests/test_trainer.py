@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from compare import logged, same
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig
 from trl import SFTConfig, SFTTrainer
@@ -54,16 +55,6 @@ def train(tiny_model, tokenizer, rows, tmp_path):
         return trainer
 
     return run
-
-
-def logged(trainer, *names):
-    return [[entry[name] for name in names] for entry in trainer.state.log_history if "grad_norm" in entry]
-
-
-def same(a, b, rel=1e-5):
-    assert len(a) == len(b) > 0
-    for x, y in zip(a, b, strict=True):
-        assert x == pytest.approx(y, rel=rel)
 
 
 def teacher(tiny_model, **kwargs):

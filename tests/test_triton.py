@@ -5,18 +5,20 @@ import subprocess
 import sys
 from pathlib import Path
 
+import compare
 import pytest
 import torch
-from test_loss import TARGETS, TAUGHT, both, case, close, dense, extras, sparse_as_dense, top_k
+from test_loss import PLANE, TARGETS, TAUGHT, both, case, close, dense, extras, sparse_as_dense, top_k
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from trl_qtarget import PRESETS, ProjectedLogits, build, qtarget_loss, reference_loss
+from trl_qtarget import PRESETS, ProjectedLogits, Target, build, qtarget_loss, reference_loss
 from trl_qtarget.loss import chunked
 from trl_qtarget.loss.backends import tiles_for
 from trl_qtarget.loss.fused import LabelCount
 
 
 pytest.importorskip("triton")
+TILES, SPARSE_TILES = "triton_tiles.py", "sparse.py, TritonSparseRows in loss/triton_tiles.py"
 on_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter is for machines without a GPU")
 
 
@@ -32,9 +34,16 @@ def test_every_preset_equals_the_specification(name, kwargs, dtype, V, n):
     chunk = None if dtype == torch.bfloat16 else 40
     _, fused, reference = both(c, target, more, backend="triton", chunk_size=chunk)
     if dtype == torch.float32:
-        close(fused, reference)
+        close(fused, reference, name, TILES)
     else:
-        close(fused, both(c, target, more, backend="torch")[1], rtol=1e-2, atol=1e-3)
+        close(fused, both(c, target, more, backend="torch")[1], name, TILES, rtol=1e-2, atol=1e-3)
+
+
+@on_cpu
+@pytest.mark.parametrize("residual", PLANE, ids=str)
+def test_every_residual_of_the_plane_equals_the_specification(residual):
+    _, fused, reference = both(case(), Target(trust=0.4, residual=residual), backend="triton")
+    close(fused, reference, str(residual), TILES)
 
 
 @on_cpu
@@ -47,7 +56,7 @@ def test_sparse_teachers(name, V, k):
     z = dense(c["hidden"], c["weight"])
     loss = reference_loss(z, c["labels"], build(name), sparse_as_dense(c, sparse, z))
     fused = both(c, build(name), teacher=sparse, backend="triton")[1]
-    close(fused, (loss, *torch.autograd.grad(loss, (c["hidden"], c["weight"]))))
+    close(fused, (loss, *torch.autograd.grad(loss, (c["hidden"], c["weight"]))), name, SPARSE_TILES)
 
 
 @on_cpu
@@ -60,7 +69,7 @@ def test_a_gradient_in_the_type_of_its_products(name, sparse, backend, monkeypat
     options = {"backend": backend, "teacher": top_k(c, 9) if sparse else None, "softcap": 5.0}
     wide = both(c, build(name), **options)[1]
     monkeypatch.setattr(chunked, "gradient_dtype", lambda hidden: torch.bfloat16)
-    close(both(c, build(name), **options)[1], wide, rtol=2e-2, atol=2e-2)
+    close(both(c, build(name), **options)[1], wide, name, f"{backend}_tiles.py", rtol=2e-2, atol=2e-2)
 
 
 class Waits(TorchDispatchMode):
@@ -106,11 +115,13 @@ def test_softcap_scale_and_an_impossible_column(name, sparse):
     t = c["teacher"]
     c["teacher"] = ProjectedLogits(t.hidden, t.weight, torch.linspace(-1, 1, 67), logit_scale=0.3, softcap=5.0)
     options = {"scale": 0.7, "softcap": 3.0, "teacher": top_k(c, 9) if sparse else None}
-    close(both(c, build(name), backend="triton", **options)[1], both(c, build(name), backend="torch", **options)[1])
+    ours, theirs = (both(c, build(name), backend=b, **options)[1] for b in ("triton", "torch"))
+    close(ours, theirs, name, TILES)
     c["bias"] = c["bias"].detach().index_fill(0, torch.tensor([66]), -torch.inf).requires_grad_()
     c["labels"] = c["labels"].clamp(max=65)
     options = {"teacher": options["teacher"], "softcap": 3.0}
-    close(both(c, build(name), backend="triton", **options)[1], both(c, build(name), backend="torch", **options)[1])
+    ours, theirs = (both(c, build(name), backend=b, **options)[1] for b in ("triton", "torch"))
+    close(ours, theirs, name, TILES)
 
 
 @on_cpu
@@ -121,7 +132,8 @@ def test_every_per_token_result_equals_that_of_the_torch_tiles(name, sparse):
     teacher = top_k(c, 5) if sparse else None
     ours, theirs = (both(c, build(name), backend=b, teacher=teacher)[0] for b in ("triton", "torch"))
     for field in ("token_loss", "log_p_y", "trust", "entropy", "target_p_y", "moved", "grad_mass"):
-        torch.testing.assert_close(getattr(ours, field), getattr(theirs, field), rtol=1e-4, atol=1e-5, msg=field)
+        what, where = f"{field} of {name!r}", f"TokenResults in loss/chunked.py, the statistics in loss/{TILES}"
+        compare.close(getattr(ours, field), getattr(theirs, field), what, where, rtol=1e-4, atol=1e-5)
     assert torch.equal(ours.is_top1, theirs.is_top1)
 
 
