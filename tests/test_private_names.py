@@ -261,7 +261,7 @@ def test_compat_finds_only_what_it_lists():
         ("import_module(f'trl.scripts.{command}')", "trl.scripts."),
         ("find('transformers:Trainer._inner_training_loop')", "transformers:Trainer._inner_training_loop"),
         ("from trl import SFTTrainer\nclass T(SFTTrainer):\n    def training_step(self): ...", "training_step"),
-        ("import trl\nclass T(trl.SFTTrainer):\n    _loss_names = []\n    async def evaluate(self): ...", "evaluate"),
+        ("import trl\nclass T(trl.SFTTrainer):\n    _loss_names = []\n    async def predict(self): ...", "predict"),
         ("from trl import SFTConfig\nclass C(SFTConfig):\n    _VALID_DICT_FIELDS = []", "_VALID_DICT_FIELDS"),
         (
             "from ..training.trainer import TargetSFTTrainer as Own\nclass T(Own):\n    def training_step(self): ...",
