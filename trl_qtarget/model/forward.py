@@ -86,6 +86,11 @@ def _aux_loss(model: Any, outputs: Any, kwargs: dict) -> Tensor | None:
     return balancing_loss(tuple(routed), experts, chosen, kwargs.get("attention_mask"))
 
 
+def forget_experts(model: PreTrainedModel) -> None:
+    """Turn off the router logits of a model without experts in a family with some: its own forward would fail."""
+    model.config.get_text_config().output_router_logits = False
+
+
 @torch.no_grad()
 def read_teacher(model: Any, *parts: dict[str, Any]) -> ProjectedLogits:
     """The hidden states of a frozen model, (B, T, D), with its head, instead of logits.

@@ -24,7 +24,7 @@ from ..loss.fused import LabelCount
 from ..loss.per_token import TOKEN_COLUMNS, PerToken, shifted_labels
 from ..loss.teacher import TopKLogits
 from ..model.adapters import base_model, has_virtual_tokens
-from ..model.forward import install
+from ..model.forward import forget_experts, install
 from ..teachers.placement import read_in_parts
 from ..teachers.remembered import Remembered
 from ..theory.reference import IGNORE
@@ -162,7 +162,8 @@ class TargetSFTTrainer(SFTTrainer):
                 "trainer was made, and this loss would silently not be trained."
             )
         if self.aux_loss_enabled and out.aux_loss is None:
-            self._forget_experts()
+            self.aux_loss_enabled = False
+            forget_experts(base_model(self.model))
         if mode == "train":
             self._first_step.run(model, scorer, inputs, columns)
         self._sums.add(out, inputs, mode)
@@ -199,11 +200,6 @@ class TargetSFTTrainer(SFTTrainer):
                 log_p_y = self._kernels.label_log_probs(other, tokens.labels)
                 scorer.tokens = replace(tokens, reference_log_p_y=log_p_y)
         return scorer
-
-    def _forget_experts(self) -> None:
-        """Turn off the balancing loss of a model without experts in a family with some: its forward would fail."""
-        self.aux_loss_enabled = False
-        base_model(self.model).config.get_text_config().output_router_logits = False
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
         """Count labels as Trainer does, and also under sequence parallelism, where a batch has shifted labels only."""
