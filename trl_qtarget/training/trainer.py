@@ -237,8 +237,6 @@ class TargetSFTTrainer(SFTTrainer):
         if isinstance(self._teacher, Remembered):
             self._teacher.load(Path(resume_from_checkpoint))
 
-    # Metrics
-
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict:
         """Evaluate as Trainer does; with several sets each metric carries its set's name, as the loss does."""
         self._evaluated = metric_key_prefix.removeprefix("eval").removeprefix("_")
