@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 from datasets import Dataset
+from trl import SFTConfig, SFTTrainer
 
 from trl_qtarget import TargetSFTConfig, TargetSFTTrainer, compat
 from trl_qtarget.compat import releases
@@ -88,6 +89,17 @@ def test_attributes_of_a_trainer_that_has_trained(make):
     assert trainer.current_gradient_accumulation_steps == 1
     assert compat.tensor_parallel_size(trainer) == 1
     assert compat.sequence_parallel_size(trainer.accelerator.parallelism_config) == 1
+
+
+def test_the_fused_head_of_trl_is_known_by_name(tiny_model, tokenizer, rows, tmp_path):
+    """A copy of a model that SFTTrainer has had would otherwise run the original's weights."""
+    args = SFTConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none", gradient_checkpointing=False)
+    model = tiny_model()
+    SFTTrainer(model, args, train_dataset=Dataset.from_list(rows(4)), processing_class=tokenizer)
+    assert "forward" in vars(model)
+    assert compat.forward_of_instance(model) is None
+    model.forward = lambda **inputs: None
+    assert compat.forward_of_instance(model) is model.forward
 
 
 def test_profiles_of_accelerate():

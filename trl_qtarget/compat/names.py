@@ -26,6 +26,7 @@ NAMES: dict[str, dict[str, tuple[str, ...]]] = {
         ),
         "trl:SFTTrainer._set_signature_columns_if_needed": ("self",),
         "trl:SFTTrainer.compute_loss": ("self", "model", "inputs", "return_outputs", "num_items_in_batch"),
+        "trl:SFTTrainer.evaluate": ("self", "eval_dataset", "ignore_keys", "metric_key_prefix"),
         "trl:SFTTrainer.log": ("self", "logs", "start_time"),
         "trl.data_utils:get_dataset_column_names": ("dataset",),
     },
