@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..compat import prepare_frozen, shards_weights
+from ..compat import is_zero3_shard, prepare_frozen, shards_weights
 from ..loss.teacher import ProjectedLogits
 from ..model.adapters import base_model
 from ..model.check import head_mismatch
@@ -41,10 +41,8 @@ class ReadModel(ABC):
         width = parts[0]["input_ids"].shape[1]
         with self.active():
             read = read_teacher(self.model, *parts)
-            # detached tensors keep their values when the context swaps other data into the parameters
-            bias = None if read.bias is None else read.bias.detach()
             hidden = read.hidden[:, read.hidden.shape[1] - width :]
-            return replace(read, hidden=hidden, weight=read.weight.detach(), bias=bias)
+            return replace(read, hidden=hidden, weight=_kept(read.weight), bias=_kept(read.bias))
 
     def check(self, input_ids: Tensor, half: bool) -> None:
         """Raise a ValueError unless what is read are the model's own log-probabilities."""
@@ -56,6 +54,15 @@ class ReadModel(ABC):
                 "Pass another model or, if adapters change its head, their folder instead of the loaded model; and "
                 "please report the model's name."
             )
+
+
+def _kept(parameter: Tensor | None) -> Tensor | None:
+    """Detached, so that it keeps its values when the context swaps other data into the parameter.
+
+    Under ZeRO-3 the parameter stays itself: DeepSpeed gathers it by attributes that a detached tensor lacks, and no
+    context swaps its data.
+    """
+    return parameter if parameter is None or is_zero3_shard(parameter) else parameter.detach()
 
 
 class FrozenModel(ReadModel):
