@@ -15,6 +15,7 @@ from trl_qtarget import PRESETS, ProjectedLogits, Target, build, qtarget_loss, r
 from trl_qtarget.loss import chunked
 from trl_qtarget.loss.backends import tiles_for
 from trl_qtarget.loss.fused import LabelCount
+from trl_qtarget.theory.reference import require_tokenwise
 
 
 pytest.importorskip("triton")
@@ -92,16 +93,15 @@ class Waits(TorchDispatchMode):
 def test_no_step_waits_for_the_device(name, sparse):
     if sparse and name not in TAUGHT:
         return
-    c = case()
+    c, target = case(), build(name)
+    require_tokenwise(target)  # on the host, once for each target
     with Waits() as waits:
         labelled = LabelCount(c["labels"])
         launched = len(waits.seen)
         both_ = {"teacher": top_k(c, 5) if sparse else c["teacher"], **extras(name, c)}
         count = int(labelled)  # an event on a GPU
         waits.seen.clear()
-        out = qtarget_loss(
-            c["hidden"], c["weight"], c["labels"], build(name), backend="triton", labelled=count, **both_
-        )
+        out = qtarget_loss(c["hidden"], c["weight"], c["labels"], target, backend="triton", labelled=count, **both_)
         (out.loss / 7).backward()
     assert not launched
     assert waits.seen == []

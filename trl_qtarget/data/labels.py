@@ -66,7 +66,7 @@ def report(columns: Sequence[str], given: Mapping[str, Any], prepared: Mapping[s
     if columns:
         yield f"Columns of the data that are read beside the tokens: {', '.join(columns)}"
     for name, dataset in prepared.items():
-        if not isinstance(dataset, Dataset):
+        if not isinstance(dataset, Dataset) or "input_ids" not in dataset.column_names:  # images: collators tokenize
             continue
         found, before = count_labels(dataset, args.max_length), given.get(name)
         # TRL drops rows that truncation has left without a label; wrapped packing leaves no trace of rows

@@ -101,7 +101,8 @@ def qtarget_loss(
         token_weight: multiplies each token's loss; `critical_token` reads the column as its mask.
         chunk_size: tokens per tile; None takes them from a budget of bytes. Results do not depend on it.
         backend: "auto" (Triton on CUDA, ROCm and XPU devices, else torch), "triton" or "torch".
-        labelled: the number of labels that are not ignored. If it is given, the host does not wait for the device.
+        labelled: the number of labels that are not ignored. If it is given, the host does not wait for the device, and
+            a plain number skips the check of ids.
 
     Raises:
         ValueError: shapes that do not fit, an input that the target needs and that is missing, an unknown backend, or
@@ -163,14 +164,14 @@ def _only_what_is_read(
 def _check_ids(labels: Tensor, labelled: LabelCount | int | None, teacher: TeacherLogits | None, V: int) -> None:
     """Refuse ids outside the vocabulary, which kernels would read beyond a row, and ids that a teacher has twice.
 
-    On accelerators a look at all ids would wait for the device. A trainer passes a `LabelCount`, which has the range
-    of the labels, and a cache has checked its ids; without a count the loss waits for the device anyway.
+    A look at all ids would wait for the device. So a trainer passes a `LabelCount`, which has the range of the labels,
+    and a cache has checked its ids. Without a count the loss waits for the device anyway; a number skips the check.
     """
     if isinstance(labelled, LabelCount):
         _, least, greatest = labelled.read()
         suspicious = not 0 <= least <= greatest < V
     else:
-        suspicious = labels.device.type == "cpu" or labelled is None
+        suspicious = labelled is None
     if suspicious:
         outside = (labels != IGNORE) & ((labels < 0) | (labels >= V))
         if outside.any():
@@ -178,9 +179,8 @@ def _check_ids(labels: Tensor, labelled: LabelCount | int | None, teacher: Teach
             raise ValueError(
                 f"labels has {int(labels[row])} in row {row}: labels lie in [0, {V}), and {IGNORE} is ignored."
             )
-    if isinstance(teacher, TopKLogits) and (labels.device.type == "cpu" or labelled is None):
-        rows = labels != IGNORE
-        teacher.take(rows).check(V)
+    if isinstance(teacher, TopKLogits) and labelled is None:
+        teacher.take(labels != IGNORE).check(V)
 
 
 def _reads_label(target: Target, tokens: PerToken) -> bool:

@@ -33,7 +33,7 @@ def merge_adapter(model: Any) -> tuple[PreTrainedModel, float]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`", UserWarning)  # no longer: see above
         merged = model.merge_and_unload(safe_merge=True)
-    return merged, _difference(_logits(merged, ids), wanted, merged.dtype, "The merged model has")
+    return merged, _difference(_logits(merged, ids), wanted, merged.dtype, "The merged model's")
 
 
 def compare_logits(model: Any, expected: Any, which: str) -> float:
@@ -52,8 +52,8 @@ def _difference(got: Tensor, wanted: Tensor, dtype: torch.dtype, which: str) -> 
     if not difference <= allowed:
         remedy = " Try --dtype float32." if dtype != torch.float32 else " This adapter cannot be merged."
         raise ValueError(
-            f"{which} logits that differ from those of base and adapter by {difference:.1e} of the largest, more than "
-            f"the {allowed:.0e} of rounding in {dtype}: nothing was written.{remedy}"
+            f"{which} logits differ from those of base and adapter by {difference:.1e} of the largest, more than the "
+            f"{allowed:.0e} of rounding in {dtype}: nothing was written.{remedy}"
         )
     return difference
 

@@ -83,7 +83,7 @@ def merge(args: MergeArguments) -> float:
         again = AutoModelForCausalLM.from_pretrained(
             folder, dtype=merged.dtype, trust_remote_code=args.trust_remote_code, use_safetensors=True
         )
-        return max(difference, compare_logits(again.eval(), merged, "The saved folder, loaded again, has"))
+        return max(difference, compare_logits(again.eval(), merged, "The saved folder's"))
 
 
 def _load(args: MergeArguments):
