@@ -541,7 +541,7 @@ def test_rules_compute_in_double_precision():
     """A probability of e^-120 is zero in single precision, and so are all its powers."""
     hidden, weight = torch.tensor([[120.0, 0.0]]), torch.eye(2)
     out = qtarget_loss(hidden, weight, torch.tensor([1]), Target(trust=lambda t: t.p_y**0.1))
-    assert out.trust.item() == pytest.approx(math.exp(-12), rel=1e-3), "see _precise in loss/chunked.py"
+    assert out.trust.item() == pytest.approx(math.exp(-12), rel=1e-3), "see precise in loss/products.py"
 
 
 def test_token_weight_multiplies_loss_and_gradient():
