@@ -33,7 +33,8 @@ from trl_qtarget.theory.reference import DenseStatistics
 
 
 SIGNATURE = {"prift": {"statistic": "mass"}, "target_sft": {"eta": 0.3}}  # 0.5 hides which exponent is whose
-TARGETS = [(name, {}) for name in PRESETS] + list(SIGNATURE.items())
+TARGETS = [pytest.param(name, {}, id=name) for name in PRESETS]
+TARGETS += [pytest.param(name, kwargs, id=f"{name}, {kwargs}") for name, kwargs in SIGNATURE.items()]
 PLANE = [Residual(1.0, 1.0), Residual(1.0, -0.5), Residual(0.2, 0.5)]  # points that no preset has
 TAUGHT = ["kd", "kd_hybrid", "target_sft", "sft_kl", "asft"]
 
