@@ -1,6 +1,7 @@
 """The fused loss against the float64 specification: values, gradients, edges, memory."""
 
 import math
+from functools import cached_property
 
 import compare
 import pytest
@@ -9,15 +10,31 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from trl_qtarget import PRESETS, ProjectedLogits, Residual, Target, TopKLogits, build, qtarget_loss, reference_loss
+from trl_qtarget import (
+    PRESETS,
+    STUDENT,
+    TEACHER,
+    UNIFORM,
+    ProjectedLogits,
+    Residual,
+    Target,
+    TopKLogits,
+    build,
+    qtarget_loss,
+    reference_loss,
+)
 from trl_qtarget.loss import torch_tiles
+from trl_qtarget.loss.backends import tiles_for
 from trl_qtarget.loss.fused import LabelCount
 from trl_qtarget.loss.per_token import PerToken, shifted, shifted_labels
 from trl_qtarget.loss.scratch import KEPT
+from trl_qtarget.loss.teacher import DenseTile
+from trl_qtarget.theory.reference import DenseStatistics
 
 
 SIGNATURE = {"prift": {"statistic": "mass"}, "target_sft": {"eta": 0.3}}  # 0.5 hides which exponent is whose
-TARGETS = [(name, {}) for name in PRESETS] + list(SIGNATURE.items())
+TARGETS = [pytest.param(name, {}, id=name) for name in PRESETS]
+TARGETS += [pytest.param(name, kwargs, id=f"{name}, {kwargs}") for name, kwargs in SIGNATURE.items()]
 PLANE = [Residual(1.0, 1.0), Residual(1.0, -0.5), Residual(0.2, 0.5)]  # points that no preset has
 TAUGHT = ["kd", "kd_hybrid", "target_sft", "sft_kl", "asft"]
 
@@ -45,6 +62,13 @@ def case(n=13, V=67, D=8, D_T=5, V_T=None, dtype=torch.float32, seed=0, spread=1
             "trajectory": 100 * (torch.arange(n) // 4),  # ids need not be counted from zero
         },
     }
+
+
+def tiles_of(backend):
+    """The module of kernels; skips the test where Triton is not installed."""
+    if backend == "triton":
+        pytest.importorskip("triton")
+    return tiles_for(backend, torch.device("cpu"))
 
 
 def extras(name, c):
@@ -470,11 +494,34 @@ def test_what_is_told_of_a_target_follows_from_its_gradient(name):
         compare.close(getattr(out, field), expected, f"{field} of {name!r}", where)
 
 
+STATISTICS = [name for name, member in vars(DenseStatistics).items() if isinstance(member, cached_property)]
+
+
+@pytest.mark.parametrize("residual", [STUDENT, UNIFORM, TEACHER, Residual(0.7, 0.3)], ids=str)
+@pytest.mark.parametrize("k", [None, 5], ids=["dense", "top-K"])
 @pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_every_statistic_that_a_rule_may_read_is_the_specified_one(backend, k, residual):
+    if k and residual == UNIFORM:
+        return  # its exponents do not sum to one
+    c, tiles = case(masked=False), tiles_of(backend)
+    z, t = dense(c["hidden"], c["weight"]).detach(), dense(c["teacher"].hidden, c["teacher"].weight)
+    teacher = top_k(c, k) if k else DenseTile(t.float())
+    log_q = sparse_as_dense(c, teacher, z) if k else t.log_softmax(-1)
+    specified = DenseStatistics(z.log_softmax(-1), c["labels"], residual, log_q)
+    rows = tiles.rows(z.float(), c["labels"], residual, teacher)
+    unknown = {"log_pool"} | ({"teacher_mass"} if k else set())
+    unknown |= {"teacher_log_p_y"} if k and residual.is_student else set()
+    for name in (name for name in STATISTICS if name not in unknown):
+        what, where = f"{name} beside {residual}", f"{name} in loss/{backend}_tiles.py or loss/sparse.py"
+        compare.close(getattr(rows, name).double(), getattr(specified, name), what, where, rtol=1e-4, atol=1e-5)
+    what, where = "top_evenness", f"top_evenness in loss/{backend}_tiles.py"
+    compare.close(rows.top_evenness(9).double(), specified.top_evenness(9), what, where, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("teacher", [None, 5], ids=["dense", "top-K"])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_what_is_told_of_a_student_is_that_of_its_logits(teacher, backend):
-    if backend == "triton":
-        pytest.importorskip("triton")
+    tiles_of(backend)
     c = case(masked=False)
     log_p = dense(c["hidden"], c["weight"]).detach().log_softmax(-1)
     c["labels"][:3] = log_p[:3].argmax(-1)
@@ -495,7 +542,7 @@ def test_rules_compute_in_double_precision():
     """A probability of e^-120 is zero in single precision, and so are all its powers."""
     hidden, weight = torch.tensor([[120.0, 0.0]]), torch.eye(2)
     out = qtarget_loss(hidden, weight, torch.tensor([1]), Target(trust=lambda t: t.p_y**0.1))
-    assert out.trust.item() == pytest.approx(math.exp(-12), rel=1e-3), "see _precise in loss/chunked.py"
+    assert out.trust.item() == pytest.approx(math.exp(-12), rel=1e-3), "see precise in loss/products.py"
 
 
 def test_token_weight_multiplies_loss_and_gradient():

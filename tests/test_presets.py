@@ -102,8 +102,8 @@ def published(problem: Problem, loss, token_weight: Tensor | float = 1.0, **kwar
 
 # A loss and its gradient, and where to look if the first that differs is this one
 STAGES = {
-    "loss": "the rules in theory/presets.py, weights and token_loss in theory/target.py",
-    "gradient": "the rules in theory/presets.py; if all presets fail, no_grad and _target_mass in theory/reference.py",
+    "loss": "theory/presets.py, weights and token_loss in theory/target.py",
+    "gradient": "theory/presets.py, weights in theory/target.py, no_grad and _target_mass in theory/reference.py",
 }
 
 

@@ -17,9 +17,10 @@ from transformers import AutoModelForCausalLM
 from trl_qtarget import TargetSFTConfig, TargetSFTTrainer, build
 from trl_qtarget.compat import shards_weights
 from trl_qtarget.loss.teacher import ProjectedLogits
+from trl_qtarget.model.forward import install
 from trl_qtarget.teachers.models import AdaptersOff, FrozenModel, OtherAdapter
 from trl_qtarget.teachers.placement import OnHost, read_in_parts
-from trl_qtarget.teachers.remembered import Average
+from trl_qtarget.teachers.remembered import Average, Snapshot
 from trl_qtarget.training.second_model import Choice, within_student
 
 
@@ -157,7 +158,7 @@ def test_the_average_is_that_of_the_students_weights(train):
         expected = kept[0][name]
         for after in kept[1:]:
             expected = decay * expected + (1 - decay) * after[name]
-        torch.testing.assert_close(weight, expected, atol=1e-6, rtol=1e-5)
+        compare.close(weight, expected, name, "Average in teachers/remembered.py", atol=1e-6, rtol=1e-5)
     assert trainer._teacher.taken_at == 3
 
 
@@ -176,6 +177,22 @@ def test_a_resumed_average_is_the_same_to_the_bit(train, tmp_path, peft):
     assert equal_weights(whole, resumed)
     for name, weight in whole._teacher.weights.items():
         assert torch.equal(weight, resumed._teacher.weights[name])
+
+
+@pytest.mark.parametrize("kind", [Snapshot, Average])
+def test_an_earlier_student_is_read_with_its_own_head(tiny_model, kind):
+    """The weights of now are back in the parameters when the loss uses what was read."""
+    model, ids = tiny_model(seed=1), torch.tensor([[5, 6, 7, 8]])
+    install(model)
+    earlier, before = kind(model, 0.9 if kind is Average else 8), model(input_ids=ids).logits.detach()
+    earlier.renew(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
+    read = earlier.read({"input_ids": ids})
+    where = "read in teachers/models.py, active and renew in teachers/remembered.py"
+    compare.close(read.hidden @ read.weight.T, before, "logits of the earlier student", where, rtol=1e-4, atol=1e-4)
+    assert not read.weight.requires_grad
 
 
 def test_only_what_is_trained_is_averaged_and_in_single_precision(train, tiny_model):
