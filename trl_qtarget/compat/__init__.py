@@ -1,4 +1,4 @@
-"""Everything that the package uses of TRL, transformers, accelerate, PEFT and DeepSpeed and that no release promises.
+"""The names of TRL, transformers, accelerate, PEFT and DeepSpeed that this package uses and no release promises.
 
 `names` lists the private names by feature and checks them, `uses` and `engines` are the functions that touch them, and
 `releases` says which versions the package is tested with. `tests/test_private_names.py` finds a private name of

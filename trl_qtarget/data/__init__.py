@@ -1,4 +1,4 @@
-"""From the rows of a dataset to a batch: conversations, splits, and numbers that ride beside tokens.
+"""From the rows of a dataset to a batch: conversations, splits, and numbers beside tokens.
 
 May import `compat`, `loss` and `theory`.
 """

@@ -13,16 +13,8 @@ import numpy as np
 from datasets import Dataset
 
 from ..compat import column_names
-from ..loss.per_token import REFERENCE_COLUMNS, TOKEN_COLUMNS
+from ..loss.per_token import RANGES, REFERENCE_COLUMNS, TOKEN_COLUMNS
 from ..theory.reference import IGNORE
-
-
-RANGES = {  # least and greatest number of each column, and its meaning
-    "token_weight": (-np.inf, np.inf, "a number that multiplies the loss"),
-    "trust": (0.0, 1.0, "gamma, a number from 0 to 1, or null"),
-    REFERENCE_COLUMNS[0]: (-np.inf, 1e-3, "a log-probability, a number of at most 0"),
-    REFERENCE_COLUMNS[1]: (0.0, 1.0 + 1e-3, "a probability mass, a number from 0 to 1"),
-}
 
 
 def token_columns(*datasets: Any) -> list[str]:
@@ -49,8 +41,8 @@ def prepared(
     truncation, packing and shuffling move every number together with its token.
 
     Raises:
-        ValueError: a row does not have one number for each token, or truncation would put tokens behind another prefix
-            than the one that their numbers were computed with.
+        ValueError: a row does not have one number for each token, or truncation or packing changes the prefix that the
+            numbers of a reference belong to.
     """
     columns = token_columns(dataset)
     if not columns:
@@ -77,8 +69,8 @@ def _check_prefixes(columns: list[str], args: Any, packing: bool) -> None:
     given = getattr(args, option)
     if given != right:
         raise ValueError(
-            f"The column {name} was computed behind each row's own prefix, and {option}={given!r} gives tokens "
-            f"another one: set {option} to {right!r}, or leave the column out."
+            f"The column {name} holds numbers for each row's own prefix, and {option}={given!r} changes the prefix: "
+            f"set {option} to {right!r}, or leave the column out."
         )
 
 

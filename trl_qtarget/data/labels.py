@@ -1,4 +1,4 @@
-"""The labels that preparation has left in a dataset: a run without labels would train nothing and say loss 0."""
+"""The labels that preparation has left in a dataset. A run without labels trains nothing and reports a loss of 0."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from datasets import Dataset
 from ..theory.reference import IGNORE
 
 
-ROWS = 1000  # of a dataset that are looked at together
+ROWS = 1000  # of a dataset that are counted together
 
 
 class Labels(NamedTuple):
@@ -29,7 +29,7 @@ def count_labels(dataset: Dataset, max_length: int | None) -> Labels:
 
 
 def _tables(dataset: Dataset) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Labels, flat, and lengths of the sequences, of some rows at a time."""
+    """Yield the flat labels and the sequence lengths of some rows at a time."""
     name = "labels" if "labels" in dataset.column_names else "input_ids"
     kept = [column for column in (name, "seq_lengths") if column in dataset.column_names]
     tables: Any = dataset.select_columns(kept).with_format("arrow").iter(ROWS)

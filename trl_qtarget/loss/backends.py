@@ -1,4 +1,4 @@
-"""The choice of kernels: `triton_tiles` on devices that Triton drives, `torch_tiles` elsewhere. Both modules have
+"""The choice of kernels: `triton_tiles` on devices that Triton drives, `torch_tiles` elsewhere. Both modules have:
 
 rows(z, labels, residual, teacher, softcap)   statistics of some rows of logits, each (r,)
     .write_gradient(w_y, w_r, out)            the gradient, perhaps over the logits; its L1 norm (r,) or None

@@ -6,8 +6,10 @@
     two products             (n, D) rows of the hidden gradient; adds to the (V, D) head gradient
 
 Everything happens in the forward pass, while the tile exists: three products for a loss of label trust, four with a
-dense teacher, and no product is computed twice. The backward pass multiplies by the upstream scalar. An input that
-needs no gradient costs neither a product nor a buffer. N: labelled tokens, n: tokens of a tile, D: width, V: columns.
+dense teacher. A `whole_batch` target projects the student once more, to weigh all tokens together. The backward pass
+multiplies by the upstream scalar. An input that needs no gradient costs neither a product nor a buffer.
+
+N: labelled tokens, n: tokens of a tile, D: width, V: columns.
 """
 
 from __future__ import annotations
@@ -27,14 +29,14 @@ from .scratch import scratch
 from .teacher import DenseTile, ProjectedLogits, TeacherLogits, TeacherTile
 
 
-TILE_BYTES = {"cpu": 5 * 2**25}  # logits of one tile, of both models; on other devices:
+TILE_BYTES = {"cpu": 5 * 2**25}  # of one tile's logits, student and teacher together; on other devices:
 TILE_BYTES_ACCELERATOR = 2**30  # some 1,700 rows: below a thousand, adding to the (V, D) gradient waits for memory
 ROW_MULTIPLE = 128  # of rows in a tile: a product of fewer rows leaves multiprocessors idle
 
 
 @dataclass(frozen=True)
 class Job:
-    """The inputs of one evaluation of the loss that are constant for the gradient."""
+    """The constant inputs of one evaluation of the loss, beside hidden states and head."""
 
     target: Target
     tiles: ModuleType  # `torch_tiles` or `triton_tiles`
@@ -76,7 +78,7 @@ class TokenResults(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Gradients of the summed loss, float32 or wider and without `Head.scale`; None for what needs no gradient."""
+    """Gradients of the summed loss, float32 or wider and without `Head.scale`; None for an input that needs none."""
 
     hidden: Tensor | None  # (N, D)
     weight: Tensor | None  # (V, D)
@@ -93,7 +95,7 @@ class Gradients(NamedTuple):
         )
 
     def add(self, tile: Tensor, hidden: Tensor, head: Head, part: slice) -> None:
-        """Multiply out the (n, V) gradient of one tile, whose tokens are `part` of all."""
+        """Multiply the (n, V) gradient of one tile into these gradients; `part` is the tile's place among N tokens."""
         if self.hidden is not None:
             hidden_gradient(tile, head.weight, self.hidden[part])
         if self.weight is not None:
@@ -123,9 +125,9 @@ def evaluate(job: Job, hidden: Tensor, head: Head, wants: Wants) -> tuple[TokenR
     size = min(size, N)
     student_tile = scratch("student", (size, V), hidden, dtype)
     teacher_tile = scratch("teacher", (size, V), hidden, dtype) if dense else None
-    factor = gradient_dtype(hidden)
-    over_logits = factor == dtype or not any(wants)
-    gradient_tile = student_tile if over_logits else scratch("gradient", (size, V), hidden, factor)
+    gradient_type = gradient_dtype(hidden)
+    over_logits = gradient_type == dtype or not any(wants)
+    gradient_tile = student_tile if over_logits else scratch("gradient", (size, V), hidden, gradient_type)
     step = job.tiles.block_rows(V, dtype, hidden.device)
     for start in range(0, N, max(size, 1)):
         part = slice(start, min(start + size, N))
@@ -160,7 +162,7 @@ def _weigh(
     job: Job, rows, at: slice, whole_batch: WholeBatch | None, results: TokenResults, gradient: Tensor | None
 ) -> None:
     """Store the results of one block of rows and write its gradient, which may take the place of the logits."""
-    target, tokens = job.target, job.tokens.take(at).tokens(precise(rows.log_p_y), rows)
+    target, tokens = job.target, job.tokens.take(at).for_rules(precise(rows.log_p_y), rows)
     if whole_batch is None:
         weights = target.weights(tokens)
         loss = target.token_loss(weights, tokens)
@@ -175,7 +177,7 @@ def _weigh(
         is_top1=rows.is_top1,
         target_p_y=target.target_p_y(weights, tokens),
     )
-    # without a wanted gradient one is written all the same if only a pass over the row tells how far the target moved
+    # a pooled residual needs a pass over the row to report `moved`: its gradient is written even if none is wanted
     norm = None
     if gradient is not None or not target.residual.is_student:
         out = rows.z if gradient is None else gradient
@@ -190,16 +192,16 @@ def _weigh(
 
 
 def _weigh_whole_batch(job: Job, hidden: Tensor, head: Head) -> WholeBatch:
-    """One extra pass that computes log_p_y of all tokens, and what the target's rules make of them together."""
+    """Compute log_p_y of all tokens in one extra pass, and from it the weights and losses of the whole batch."""
     plain = Job(Target(), job.tiles, PerToken(job.tokens.labels), chunk_size=job.chunk_size)
     results, _ = evaluate(plain, hidden, head, Wants())
-    tokens = job.tokens.tokens(precise(results.log_p_y), None)
+    tokens = job.tokens.for_rules(precise(results.log_p_y), None)
     weights = job.target.weights(tokens)
     return WholeBatch(weights, job.target.token_loss(weights, tokens))
 
 
 def rows_per_tile(N: int, columns: int, dtype: torch.dtype, device_type: str) -> int:
-    """Rows of a tile from a budget of bytes, at most a multiple of 128, so that all tiles are about equally large."""
+    """Rows of a tile: as many as the budget of bytes holds, then evened out so that all tiles are about as large."""
     budget = TILE_BYTES.get(device_type, TILE_BYTES_ACCELERATOR)
     most = max(budget // (columns * dtype.itemsize) // ROW_MULTIPLE, 1) * ROW_MULTIPLE
     tiles = max(-(-N // most), 1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from math import isclose
 
 import torch
 from torch import Tensor
@@ -11,7 +10,7 @@ from torch import Tensor
 from ..theory.reference import IGNORE, require_tokenwise
 from ..theory.target import Target
 from .backends import tiles_for
-from .chunked import Job, QTargetFunction, Wants
+from .chunked import Job, QTargetFunction, TokenResults, Wants
 from .per_token import PerToken
 from .products import Head
 from .teacher import ProjectedLogits, TeacherLogits, TopKLogits
@@ -19,7 +18,7 @@ from .teacher import ProjectedLogits, TeacherLogits, TopKLogits
 
 @dataclass(frozen=True)
 class QTargetOutput:
-    """The loss, and its statistics of each token: detached (N,) vectors, zero where the label is ignored."""
+    """The loss, and statistics of each token: detached (N,) vectors, zero where the label is ignored."""
 
     loss: Tensor  # () sum over labelled tokens, nats; carries the gradient
     token_loss: Tensor  # published value of the loss, nats
@@ -50,7 +49,7 @@ class LabelCount:
             self.event.record()
 
     def read(self) -> list[int]:
-        """The count, and the least and greatest label, or 0 in place of ignored ones."""
+        """The count, and the least and greatest label, where ignored labels count as 0."""
         if self.event is not None:
             self.event.synchronize()
         return self.numbers.tolist()
@@ -109,7 +108,14 @@ def qtarget_loss(
             a top-K teacher with a residual whose exponents do not sum to one.
     """
     shape, N = labels.shape, labels.numel()
-    tokens = PerToken(labels, token_weight, trust, reference_log_p_y, reference_mass, trajectory).flatten()
+    tokens = PerToken(
+        labels,
+        token_weight=token_weight,
+        trust=trust,
+        reference_log_p_y=reference_log_p_y,
+        reference_mass=reference_mass,
+        trajectory=trajectory,
+    ).flatten()
     hidden = hidden.reshape(-1, hidden.shape[-1])
     teacher = None if teacher is None else teacher.flatten()
     head = Head(weight, bias, float(logit_scale), softcap)
@@ -129,7 +135,8 @@ def qtarget_loss(
         head = head.to(compute)
     job = Job(target, tiles, tokens, teacher, chunk_size)
     loss, *results = QTargetFunction.apply(hidden, weight, bias, job, head, wants)
-    return QTargetOutput(loss, *(_spread(column, keep, shape) for column in results))
+    named = zip(TokenResults._fields, results, strict=True)
+    return QTargetOutput(loss, **{name: _spread(column, keep, shape) for name, column in named})
 
 
 def _labelled_rows(labels: Tensor, count: LabelCount | int | None) -> Tensor:
@@ -143,7 +150,7 @@ def _labelled_rows(labels: Tensor, count: LabelCount | int | None) -> Tensor:
 def _only_what_is_read(
     target: Target, tokens: PerToken, teacher: TeacherLogits | None
 ) -> tuple[PerToken, TeacherLogits | None]:
-    """Drop a teacher and trajectories that the target does not read, and bring the others into the types of the walk.
+    """Drop a teacher and trajectories that the target does not read, and cast the rest to the types of the kernels.
 
     Trajectories are numbered from zero. A cache stores ids as int32, and `gather` takes int64 alone.
     """
@@ -184,7 +191,7 @@ def _check_ids(labels: Tensor, labelled: LabelCount | int | None, teacher: Teach
 
 
 def _reads_label(target: Target, tokens: PerToken) -> bool:
-    """Whether the target reads a teacher's log-probability of the label, which no column holds."""
+    """Whether the target reads the label's log-probability under another model and no column gives it."""
     return bool({"reference_log_p_y", "snapshot"} & set(target.needs)) and tokens.reference_log_p_y is None
 
 
@@ -219,8 +226,7 @@ def _check(
             "A top-K teacher does not give every label's log-probability: pass reference_log_p_y, or dense logits as "
             "ProjectedLogits."
         )
-    sums_to_one = isclose(residual.student + residual.teacher, 1)
-    if isinstance(teacher, TopKLogits) and residual.teacher != 0 and not sums_to_one:
+    if isinstance(teacher, TopKLogits) and residual.teacher != 0 and not residual.sums_to_one:
         raise ValueError(
             f"A top-K teacher leaves its tail to the student, which needs a residual whose exponents sum to one; "
             f"{residual} does not. Pass dense logits as ProjectedLogits."

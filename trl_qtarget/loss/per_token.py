@@ -1,4 +1,4 @@
-"""The numbers beside each token: its label, and what the data or a second model say of it.
+"""The numbers beside each token: its label, and numbers from the data or from a second model.
 
 A row of the dataset may carry these columns, with one number for each of its `input_ids` or one number for all:
 
@@ -7,11 +7,12 @@ A row of the dataset may carry these columns, with one number for each of its `i
     reference_log_p_y   log pi_ref of the token, so that losses such as iw_sft and prift load no reference
     reference_mass      rank mass of the token under pi_ref, for prift with statistic="mass"
 
-One number for the whole row does not require a tokenized row.
+A row with one number for all its tokens need not be tokenized; a row with several must be.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
@@ -23,8 +24,14 @@ from ..theory.reference import IGNORE
 from ..theory.target import Tokens
 
 
-TOKEN_COLUMNS = ("token_weight", "trust", "reference_log_p_y", "reference_mass")
-REFERENCE_COLUMNS = TOKEN_COLUMNS[2:]  # computed behind each row's own prefix, so they are wrong behind another one
+RANGES = {  # by column: the least and the greatest number, which float32 may miss by a little, and the meaning
+    "token_weight": (-math.inf, math.inf, "a number that multiplies the loss"),
+    "trust": (0.0, 1.0, "gamma, a number from 0 to 1, or null"),
+    "reference_log_p_y": (-math.inf, 1e-3, "a log-probability, a number of at most 0"),
+    "reference_mass": (0.0, 1.001, "a probability mass, a number from 0 to 1"),
+}
+TOKEN_COLUMNS = tuple(RANGES)
+REFERENCE_COLUMNS = TOKEN_COLUMNS[2:]  # numbers of a token after its own prefix: after another one they are wrong
 
 
 def shifted(x: Tensor, fill: float = 0) -> Tensor:  # (B, T)
@@ -33,7 +40,7 @@ def shifted(x: Tensor, fill: float = 0) -> Tensor:  # (B, T)
 
 
 def shifted_labels(batch: dict[str, Any]) -> Tensor:  # (B, T)
-    """The labels of a batch, each where it is predicted. Under sequence parallelism the batch has them shifted."""
+    """The labels of a batch, each where it is predicted; sequence parallelism gives batches with shifted labels."""
     return batch["shift_labels"] if "shift_labels" in batch else shifted(batch["labels"], fill=IGNORE)
 
 
@@ -71,8 +78,8 @@ class PerToken:
         """The last `width` positions of each row, without the virtual tokens that prompt tuning puts before them."""
         return self._each(lambda column: column[:, column.shape[1] - width :])
 
-    def tokens(self, log_p_y: Tensor, rows: Any) -> Tokens:
-        """What the rules of a target read of these tokens, beside their log_p_y and the statistics in `rows`."""
+    def for_rules(self, log_p_y: Tensor, rows: Any) -> Tokens:
+        """The `Tokens` that a target's rules read: these columns, log_p_y, and the statistics in `rows`."""
         return Tokens.of(log_p_y, rows, **self.columns())
 
     def _each(self, function: Callable[[Tensor], Tensor]) -> PerToken:

@@ -33,7 +33,8 @@ class SparseGradient(NamedTuple):
 class SparsePool:
     """pi~ of n rows, from the probabilities of student and teacher at the known ids and of the tail as a whole.
 
-    The teacher is one `without_padding`: an entry of -inf repeats the row's most probable id and counts for nothing.
+    The teacher comes from `TopKLogits.without_padding`: an entry of -inf repeats the row's most probable id and counts
+    for nothing.
     """
 
     def __init__(

@@ -75,7 +75,7 @@ class TopKLogits:
         return TopKLogits(self.ids[rows], self.log_probs[rows])
 
     def check(self, columns: int) -> None:
-        """Raise a ValueError for ids outside [0, columns), and for ids that a row has twice other than as padding."""
+        """Raise a ValueError for a row without a known id, an id outside [0, columns), or a known id given twice."""
         known = self.log_probs > -torch.inf
         if not known.any(-1).all():
             row = int((~known.any(-1)).nonzero()[0])
@@ -108,7 +108,7 @@ class TopKLogits:
         return TopKLogits(self.ids.where(self.log_probs > -torch.inf, self.ids.gather(-1, best)), self.log_probs)
 
     def dense(self, logits: Tensor) -> Tensor:  # (N, V) -> (N, V) float64
-        """Log-probabilities of all columns beside a student with these logits, written out: for a few tokens only."""
+        """Write out log-probabilities of all columns, the tail in the shape of a student with these logits."""
         known = self.log_probs.double()
         tail = torch.log(-torch.expm1(known.logsumexp(-1, keepdim=True).clamp(max=0)))
         ids = self.without_padding().ids.long()

@@ -91,9 +91,9 @@ class RowStatistics:
 
     labels: Tensor  # (r,)
     teacher: Any  # (r, V) logits of a dense teacher, or None
-    sum: Tensor  # (r,) sum_v e(v) with e = exp(z - max z), its log, and sum_v e(v) z(v)
-    log_sum: Tensor
-    dot: Tensor
+    sum: Tensor  # (r,) sum_v e(v) with e = exp(z - max z)
+    log_sum: Tensor  # (r,) its logarithm
+    dot: Tensor  # (r,) sum_v e(v) (z(v) - max z)
 
     @cached_property
     def entropy(self) -> Tensor:

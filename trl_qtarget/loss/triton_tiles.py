@@ -27,7 +27,7 @@ from .teacher import TeacherTile, TopKLogits
 from .torch_tiles import BELOW_ALL, RowStatistics, cap_, pick
 
 
-__all__ = ["block_rows", "cap_", "rows"]
+__all__ = ["block_rows", "rows"]
 
 BLOCK_V = 4096  # columns a program holds at once
 NUM_WARPS = 8
@@ -35,7 +35,7 @@ STATISTICS = 9  # numbers a row: max, sum, dot, squares, the label's logit, and 
 
 
 def block_rows(vocab_size: int, dtype: torch.dtype, device: torch.device) -> int:
-    """All rows of a tile at once: Triton's programs share the work, not blocks of rows."""
+    """All rows of a tile at once: Triton's programs divide the rows among themselves."""
     return 2**30
 
 

@@ -1,4 +1,4 @@
-"""What the package knows of a transformers model: its hidden states, its output head, its adapters.
+"""Access to a transformers model: its hidden states, its output head, its adapters.
 
 May import `compat`, `loss` and `theory`.
 """

@@ -27,7 +27,12 @@ def base_model(model: Any) -> PreTrainedModel:
     return model.get_base_model() if is_peft_model(model) else model
 
 
-EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings")  # what architectures call their embedding
+EMBEDDINGS = (
+    "embed_tokens",
+    "wte",
+    "embed_in",
+    "word_embeddings",
+)  # names of the embedding in transformers' architectures
 
 
 def ties_head(model: Any) -> bool:
@@ -65,7 +70,7 @@ NEW_LORA = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_ma
 
 
 def base_is_initial(student: Any, peft_config: Any) -> bool:
-    """Whether the base weights of a student with adapters are the student before training.
+    """Whether the base weights of a student equal the student before training; True for a plain model.
 
     They are not if the student arrives with a trained adapter, or if the adapter's initialisation rewrites the base
     weights, as PiSSA does.

@@ -12,12 +12,12 @@ from .head import dense_logits, gathered
 
 
 CHECKED_TOKENS = 64
-NATS = {True: 0.25, False: 0.01}  # allowed difference in half precision, where roundings of logits of 30 differ by 0.1
+NATS = {True: 0.25, False: 0.01}  # allowed mean difference by `half`: roundings of logits of 30 differ by 0.1
 
 
 @torch.no_grad()
 def head_mismatch(model: Any, input_ids: Tensor, half: bool) -> str | None:
-    """None if hidden states times head are the logits of the model's own forward, else what differs, as a clause.
+    """Compare hidden states times head with the model's own forward; None, or a clause that says how they differ.
 
     A model may transform, cap or scale its logits in a way that no configuration names, and an adapter may change a
     head that the look-up of the head does not see. A loss computed from hidden states would then be the loss of

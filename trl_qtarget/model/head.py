@@ -15,7 +15,7 @@ from ..loss.products import Head
 
 
 SOFTCAPS = ("final_logit_softcapping", "output_logit_soft_cap", "logits_soft_cap")  # names in configurations
-FACTORS = ("logit_scale", "output_multiplier", "lm_head_multiplier")  # the same for a factor on logits
+FACTORS = ("logit_scale", "output_multiplier", "lm_head_multiplier")  # names of a factor on logits
 
 
 def read_head(model: PreTrainedModel) -> Head:
@@ -30,7 +30,7 @@ def read_head(model: PreTrainedModel) -> Head:
 
 
 def _gather(sharded: Any) -> Tensor:
-    """All of a DTensor. Each rank computes its own gradient of it, and a shard receives their mean, as in FSDP."""
+    """The full tensor of a DTensor. Each rank computes a gradient of it, and a shard gets their mean, as in FSDP."""
     whole = sharded.full_tensor(grad_placements=[Partial()] * sharded.device_mesh.ndim)
     if whole.requires_grad:
         whole.register_hook(lambda gradient: gradient / sharded.device_mesh.size())

@@ -15,7 +15,11 @@ from torch.nn import Parameter
 from transformers import PreTrainedModel
 
 
-TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 6e-2}  # of the largest logit, some roundings of the type
+TOLERANCE = {
+    "float32": 1e-4,
+    "float16": 1e-2,
+    "bfloat16": 6e-2,
+}  # share of the largest logit: a few roundings of the type
 PROBE = (4, 32)  # sequences of the probe batch, and their tokens
 
 
@@ -31,7 +35,9 @@ def merge_adapter(model: Any) -> tuple[PreTrainedModel, float]:
     wanted = _logits(model, ids)
     _untie(model.get_base_model())
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`", UserWarning)  # no longer: see above
+        warnings.filterwarnings(
+            "ignore", "Model has `tie_word_embeddings=True`", UserWarning
+        )  # `_untie` has untied them
         merged = model.merge_and_unload(safe_merge=True)
     return merged, _difference(_logits(merged, ids), wanted, merged.dtype, "The merged model's")
 

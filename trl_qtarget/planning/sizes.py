@@ -49,7 +49,7 @@ def run_of(script_args, training_args, model_args, dataset_args, plan_args, engi
         cached_ids=_cached_ids(args) if target.reads_logits() else 0,
         chunk_size=args.qtarget_chunk_size,
         device="cpu" if args.use_cpu else "cuda",
-        cacheable=target.residual.teacher == 0 or target.residual.student + target.residual.teacher == 1,
+        cacheable=target.residual.teacher == 0 or target.residual.sums_to_one,
         splits_rows=not packed,
     )
 

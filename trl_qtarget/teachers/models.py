@@ -34,7 +34,7 @@ class ReadModel(ABC):
 
     @abstractmethod
     def active(self) -> contextlib.AbstractContextManager:
-        """Make calls of `model` run this model, for the length of the context."""
+        """Return a context in which a call of `model` runs this model."""
 
     def read(self, *parts: dict[str, Any]) -> ProjectedLogits:
         """Hidden states, (B, T, D), and head; positions of virtual tokens, which only this model has, are dropped."""
@@ -45,7 +45,7 @@ class ReadModel(ABC):
             return replace(read, hidden=hidden, weight=_kept(read.weight), bias=_kept(read.bias))
 
     def check(self, input_ids: Tensor, half: bool) -> None:
-        """Raise a ValueError unless what is read are the model's own log-probabilities."""
+        """Raise a ValueError unless hidden states and head give the model's own log-probabilities."""
         with self.active():
             mismatch = head_mismatch(self.model, input_ids, half)
         if mismatch is not None:

@@ -21,7 +21,8 @@ from .models import ReadModel, evaluating
 class Remembered(ReadModel):
     """An earlier student: copies of its trainable weights, which are swapped in while the model reads.
 
-    Before the first update, as in an evaluation of the untrained model, there are no copies and the student reads.
+    Before the first update, as in an evaluation of the untrained model, no copies exist yet, and the student itself is
+    read.
     """
 
     file: str

@@ -80,7 +80,7 @@ def profit(tau: PositiveShare = 0.1) -> Target:
 
 @preset("eaft", paper="2601.02151")
 def eaft(alpha: NonNegative = 1.0, k: Several = 20) -> Target:
-    """Entropy-adaptive fine-tuning: trust labels where the model is uncertain, spare it where it is sure.
+    """Entropy-adaptive fine-tuning: trust a label where the model is uncertain, change nothing where it is sure.
 
     gamma = (H_k / log k)^alpha    pi~ = pi    s = 1    (eq. 2 and 3; H_k: entropy of the renormalised top k)
     """
@@ -189,7 +189,7 @@ def gem(beta: Positive = 0.7) -> Target:
 
 @preset("kd", paper="1503.02531")
 def kd() -> Target:
-    """Distillation: the teacher is the target and the label only tells which prefix to look at.
+    """Distillation: the teacher is the target at every labelled token, and the label itself has no weight.
 
     gamma = 0    pi~ = pi_T    s = 1    (reported: the cross entropy to the teacher, at temperature one)
     """
@@ -207,7 +207,7 @@ def kd_hybrid(lam: Share = 0.5) -> Target:
 
 @preset("target_sft", paper="2606.11189")
 def target_sft(eta: AnyReal = 0.5) -> Target:
-    """Target-SFT: what the label is not trusted with goes to the student as its teacher would correct it.
+    """Target-SFT: trust a label by its probability; the rest goes to a pool of the student and its teacher.
 
     gamma = p    pi~ proportional to pi^(1 - eta) * pi_T^eta    s = 1    (eta = 0 is dft)
     """
@@ -227,7 +227,7 @@ def prift(statistic: Literal["prob", "mass"] = "prob", threshold: Share = 0.5) -
 
 @preset("talr", paper="2509.20758")
 def talr(floor: Share = 0.01) -> Target:
-    """Token-adaptive loss reweighting: soften p by how hard the micro-batch is, so it depends on how batches are cut.
+    """Token-adaptive loss reweighting: p is softened by the micro-batch's difficulty, so micro-batch size matters.
 
     gamma = max(p^(1 / tau), floor)    pi~ = pi    s = 1    (tau: median over a micro-batch of a trajectory's mean nll)
     """
@@ -241,7 +241,7 @@ def talr(floor: Share = 0.01) -> Target:
 
 @preset("deft", paper="2602.11424")
 def deft() -> Target:
-    """DEFT: the exponent of the family is how concentrated the model is.
+    """DEFT: `beyond_log` whose exponent is the model's concentration a, computed at each token.
 
     gamma = p^a * a / (a + 1e-6), a = sum_v pi(v)^2    pi~ = pi    s = 1    (reported: (1 - p^a) / (a + 1e-6))
     """
@@ -253,7 +253,7 @@ def deft() -> Target:
 
 @preset("idft", paper="2602.12222")
 def idft(b: Positive = 1.0, low: NonNegative = 0.1, high: Positive = 2.0) -> Target:
-    """IDFT: soften p on labels that surprise more than the model's entropy leads to expect.
+    """IDFT: trust a label less than dft where it surprises more than the entropy predicts, else more.
 
     gamma = p^g, g = clip(exp(-(log p + H) / b), low, high)    pi~ = pi    s = 1
     """

@@ -136,7 +136,7 @@ def dense_tokens(
     teacher_logits: Tensor | None = None,  # (N, V_T)
     **columns: Tensor,  # (N,) each, under the names of `Tokens.of`
 ) -> Tokens:
-    """The numbers that the rules of `target` see of these tokens, every statistic computed densely."""
+    """The `Tokens` that the rules of `target` read, with every statistic computed from dense log-probabilities."""
     log_q = None
     if teacher_logits is not None:
         common = min(log_p.shape[-1], teacher_logits.shape[-1])
@@ -153,7 +153,7 @@ PROBED = 12  # tokens on which a target's rules are tried
 
 @functools.lru_cache(maxsize=64)
 def require_tokenwise(target: Target) -> None:
-    """Raise a ValueError if a rule gives a token another weight for being evaluated beside other tokens.
+    """Raise a ValueError if a rule's number for a token depends on the tokens that are evaluated beside it.
 
     The kernels hand rules one block of tokens at a time, so the loss of such a target would depend on the block size.
     A target with `whole_batch` gets all tokens at once and may look at all of them.
@@ -167,7 +167,7 @@ def require_tokenwise(target: Target) -> None:
     columns["reference_log_p_y"] = columns["reference_log_p_y"].log()
     labels = torch.randint(32, (PROBED,), generator=generator)
 
-    def weights(rows: Tensor) -> Tensor:  # (4 or 5, n)
+    def weights(rows: Tensor) -> Tensor:  # (5, n)
         given = {name: column[rows] for name, column in columns.items()}
         tokens = dense_tokens(log_p[rows], labels[rows], target, taught[rows], **given)
         found = target.weights(tokens)
@@ -177,7 +177,7 @@ def require_tokenwise(target: Target) -> None:
     try:
         together = weights(torch.arange(PROBED))
         apart = torch.cat([weights(part) for part in order.split(PROBED // 3)], dim=-1)
-    except Exception:  # a rule that these made-up tokens do not suit; it runs, or fails, on the real ones
+    except Exception:  # the made-up tokens do not suit this rule: it runs, or fails, on the real ones
         return
     if not torch.allclose(together[:, order], apart, rtol=1e-6, atol=1e-12, equal_nan=True):
         raise ValueError(
@@ -191,7 +191,7 @@ def _target_mass(target: Target, weights, tokens: Tokens) -> Tensor:  # (N, V)
     """s * Q up to a multiple of p, which changes no gradient."""
     mass = torch.zeros_like(tokens.rows.log_p)
     if target.residual.is_student:
-        # the residual is p itself and has no gradient: w_y * (p - delta_y) is the whole of it
+        # the residual is p itself and adds no gradient: w_y * (p - delta_y) is the whole gradient
         return mass.scatter_(-1, tokens.labels[:, None], weights.label[:, None])
     mass += weights.residual[:, None] * tokens.rows.log_pool.exp()
     return mass.scatter_add_(-1, tokens.labels[:, None], weights.label[:, None])

@@ -13,6 +13,7 @@ without waiting for torch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -22,6 +23,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 if TYPE_CHECKING:
     from torch import Tensor
 
+
+LOGITS = {"teacher", "reference", "reference_mass"}  # inputs for which a loss reads a second model's logits
 
 # The inputs that a target may need, as `trl-qtarget losses` explains them to a user
 NEEDS = {
@@ -79,7 +82,7 @@ class Tokens:
         reference_mass: Tensor | None = None,  # (n,)
         trajectory: Tensor | None = None,  # (n,)
     ) -> Tokens:
-        """Tokens from columns under their names in the data, each column in the type of `log_p_y`."""
+        """Make `Tokens` from columns under their names in the data; all but ids get the type of `log_p_y`."""
 
         def cast(column: Tensor | None) -> Tensor | None:
             return None if column is None else column.to(log_p_y)
@@ -153,6 +156,11 @@ class Residual:
     teacher: float = 0.0
 
     @property
+    def sums_to_one(self) -> bool:
+        """Whether the exponents sum to one, as a top-K teacher needs: the tail of the pool is then a multiple of p."""
+        return math.isclose(self.student + self.teacher, 1)
+
+    @property
     def is_student(self) -> bool:
         """Whether pi~ = p. The residual term then has no gradient, and its value is left out of the loss as well."""
         return self.student == 1 and self.teacher == 0
@@ -210,14 +218,14 @@ class Target:
 
     def reads_logits(self, columns: Collection[str] = ()) -> bool:
         """Whether the loss reads the whole distribution of a teacher or reference, given these columns of the data."""
-        return bool({"teacher", "reference", "reference_mass"} & set(self.needs) - set(columns))
+        return bool(LOGITS & set(self.needs) - set(columns))
 
     def reads_model(self, columns: Collection[str] = ()) -> bool:
         """Whether the loss reads a teacher or reference at all, given these columns of the data."""
         return self.reads_logits(columns) or "reference_log_p_y" in set(self.needs) - set(columns)
 
     def reads_column(self, name: str) -> bool:
-        """Whether the loss reads a column of the data; a reference's columns are for losses that need them alone."""
+        """Whether the loss reads a column of the data: a reference's column only if it needs it, any other always."""
         return name in self.needs or not name.startswith("reference")
 
     def require(self, *, teacher: bool, columns: Collection[str]) -> None:
@@ -229,10 +237,14 @@ class Target:
         """
         needs, columns = set(self.needs), set(columns)
         if self.reads_logits(columns) and not teacher:
-            raise ValueError(f"This target needs {' and '.join(sorted(needs))} logits, and no teacher is given.")
+            named = " and ".join(sorted(needs & LOGITS))
+            raise ValueError(f"This target needs {named} logits, and no teacher is given: pass teacher=.")
         readable = "reference_log_p_y" in columns or (teacher and not self.whole_batch)
         if needs & {"reference_log_p_y", "snapshot"} and not readable:
-            raise ValueError("This target needs the label's log-probability under another model: reference_log_p_y.")
+            raise ValueError(
+                "This target needs the label's log-probability under another model: reference_log_p_y=, or a dense "
+                "teacher=."
+            )
         if "token_weight" in needs and "token_weight" not in columns:
             raise ValueError("This target reads token_weight, one weight for each token, and none is given.")
 

@@ -1,4 +1,4 @@
-"""Checks before any data is tokenized: refuse options that would be ignored, and combinations that cannot be right."""
+"""Checks of a trainer's arguments: refuse options that would be ignored, and combinations that cannot be right."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def refuse(args: TargetSFTConfig, target: Target, teacher: Any, kwargs: dict[str
         )
     takes_model = target.reads_model()
     residual = target.residual
-    if cached and residual.teacher != 0 and residual.student + residual.teacher != 1:
+    if cached and residual.teacher != 0 and not residual.sums_to_one:
         raise ValueError(
             f"Loss {loss!r} has a residual whose exponents do not sum to one, so it needs all of the teacher's "
             "columns, and a cache holds the most probable ones only: pass --teacher_model_name_or_path instead."
@@ -141,7 +141,7 @@ def refuse_placement(args: TargetSFTConfig, target: Target) -> None:
     second_model = target.reads_model() or "snapshot" in target.needs
     if asked and (args.teacher_cache is not None or not second_model):
         why = "teacher_cache stands for it" if second_model else f"loss {args.loss!r} has none"
-        raise ValueError(f"{asked[0]} is for a teacher that is read in each step, and {why}: leave it out.")
+        raise ValueError(f"{asked[0]} is for a teacher that is read in each step, and {why}: leave {asked[0]} out.")
     if args.teacher_offload and args.device.type == "cpu":
         raise ValueError("teacher_offload moves the teacher to the CPU, and this run is on the CPU: leave it out.")
     if args.teacher_batch_size and (args.padding_free or (args.packing and args.packing_strategy != "wrapped")):
@@ -249,7 +249,7 @@ def mean_nll(log_p_y: Tensor, labels: Tensor, accelerator: Any, vocabulary: int)
     learnt = labels != IGNORE
     nll, tokens = accelerator.reduce(torch.stack([-log_p_y[learnt].float().sum(), learnt.sum().float()])).tolist()
     mean = nll / max(tokens, 1)
-    if not mean <= math.log(vocabulary) + 0.01:  # or NaN; float32 sums may miss an even guess by less
+    if not mean <= math.log(vocabulary) + 0.01:  # NaN too; 0.01 covers the rounding of float32 sums
         logger.warning(
             f"The teacher or reference gives the labels of the first batch {mean:.1f} nats a token, worse than an "
             f"even guess among {vocabulary} tokens: is it the right model, with the right chat template?"

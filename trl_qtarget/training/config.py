@@ -58,7 +58,7 @@ class TargetSFTConfig(SFTConfig):
             for a teacher that shares the student's weights, nor with FSDP or ZeRO-3, which shard the teacher.
         teacher_batch_size (`int`, *optional*):
             Rows of a micro-batch that the teacher reads at once; if `None`, all. Results do not depend on it. Not with
-            packing or padding-free batches, whose rows are joined into one, nor with images.
+            padding-free batches or packing other than "wrapped", whose rows are joined into one, nor with images.
 
         > Parameters that control the computation
 
@@ -198,8 +198,8 @@ def as_target_config(args: Any, model: Any, teacher: Any) -> TargetSFTConfig:
         other = teacher or args.teacher_model_name_or_path or args.teacher_cache
         if args.teacher_ema_decay is not None and other is not None:
             raise ValueError(
-                "teacher_ema_decay makes the student its own teacher, and another teacher is given: leave one of them "
-                "out."
+                "teacher_ema_decay makes the student its own teacher, and another teacher is given: leave one of the "
+                "two out."
             )
         return args
     if args is None:

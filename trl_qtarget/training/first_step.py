@@ -1,4 +1,4 @@
-"""The first training step: check the heads of both models, and log how the teacher likes the labels."""
+"""The first training step: check the heads of both models, and log the teacher's nll of the first labels."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .scorer import Scorer
 
 
 class FirstStep:
-    """What happens once, in the first training step of a run.
+    """The checks and the log of a run's first training step.
 
     `pending` says whether the step is still to come and its numbers are to be checked (`qtarget_self_check`).
     """
@@ -31,7 +31,7 @@ class FirstStep:
 
         Raises:
             RuntimeError: hidden states and head of the student do not give its own logits.
-            ValueError: those of the teacher or reference do not give its own.
+            ValueError: the same, of the teacher or reference.
         """
         if self.done:
             return

@@ -1,4 +1,4 @@
-"""The options of a run that say how the loss is computed."""
+"""How a run computes its loss: backend, tokens of a tile, ids that are compared."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ class TokenSums:
     def flush(self, mode: str, dataset: str = "") -> None:
         """Write the means since the last log into the trainer's metrics, and start again from zero.
 
-        `dataset` is the name of one of several evaluation sets, which each metric of it then carries as the loss does.
+        `dataset` names one of several evaluation sets; its metrics then carry the name, as the loss does.
 
         Raises:
             ValueError: no batch of the training has had a label so far.

@@ -33,7 +33,7 @@ class ScoredOutput(ModelOutput):
 
 @dataclass
 class Scorer:
-    """Computes the loss of one batch from hidden states and head; `called` tells whether the forward got here."""
+    """Computes the loss of one batch from hidden states and head; `called` tells whether the forward called it."""
 
     target: Target
     tokens: PerToken  # (B, T)

@@ -5,10 +5,10 @@
     teacher_cache                                 columns of the batch, which a collator takes from the cache
     psft                                          Snapshot: the student of some updates ago
     teacher_ema_decay                             Average: a moving average of the student
-    a teacher that is an adapter of one base      OtherAdapter: the student's base weights with the teacher's adapter
+    a teacher: an adapter over the student's base OtherAdapter: the student's base weights with the teacher's adapter
     any other teacher                             FrozenModel
     a reference, new adapters on the student      AdaptersOff: the base weights
-    a reference, trained adapters                 Initial: a copy of the adapters as they arrive
+    a reference, trained or rewriting adapters    Initial: a copy of the adapters as they arrive
     a reference, no adapters                      FrozenModel: a copy of the untrained student
 
 `choose` runs before TRL's trainer exists, so that a teacher that does not fit is refused before any data is tokenized,
@@ -91,7 +91,7 @@ def choose(
     if teacher is not None:
         rows = kwargs.get("train_dataset") or ()
         agreement = None
-        if not _clones_template(args):  # which adds tokens to the student's tokenizer: compared once they are there
+        if not _clones_template(args):  # cloning adds tokens to the student's tokenizer: compared after that
             agreement = compare_tokenizers(student, teacher, kwargs.get("processing_class"), args, rows)
         if teacher is student and not isinstance(student, str):
             teacher = copy.deepcopy(student)  # freezing the teacher must not freeze the student
@@ -104,7 +104,7 @@ def choose(
 
 
 def open_second_model(choice: Choice, trainer: Any) -> SecondModel:
-    """Load and place the chosen model beside the trainer's student, and hold the data to the ids that it knows.
+    """Load and place the chosen model beside the student, and check that it knows all ids of the data.
 
     Raises:
         ValueError: the teacher does not fit the student or the data.
@@ -156,7 +156,7 @@ def _grow(reference: Any, student: Any) -> None:
 
 
 def within_student(choice: Choice, trainer: Any) -> ReadModel | None:
-    """The second model if it shares most weights with the student, else None.
+    """The second model if it is read through the student's own modules, else None.
 
     Raises:
         ValueError: copies of weights under FSDP or ZeRO-3, where weights swapped into one rank's shard would never be

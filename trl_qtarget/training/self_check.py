@@ -80,7 +80,7 @@ def _computed(
 def _specified(
     target: Target, few: Tensor, head: Head, tokens: PerToken, teacher: TeacherLogits | None
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The same, densely and in float64, from the model's logits of these tokens."""
+    """Losses and gradients of the same tokens in float64, densely, from the model's logits."""
     weight = head.weight.detach()
     with torch.no_grad():
         z = _exact(torch.nn.functional.linear(few.to(weight.dtype), weight, head.bias).float())
@@ -104,7 +104,7 @@ def _specified(
 
 
 def _exact(x: Tensor) -> Tensor:
-    """The same where float64 exists: Apple's devices lack it."""
+    """Move `x` to the CPU if its device has no float64, as Apple's do not."""
     return x.cpu() if x.device.type == "mps" else x
 
 

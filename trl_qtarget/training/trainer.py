@@ -104,7 +104,7 @@ class TargetSFTTrainer(SFTTrainer):
         choice = choose(model, teacher_model, args, self.target, kwargs)
         self._agreement = choice.agreement
         super().__init__(model, args, **kwargs)
-        # most vision-language models say no, and Trainer would take a mean over micro-batches of unequal lengths
+        # False in most vision-language models: Trainer would average micro-batches of unequal lengths
         self.model_accepts_loss_kwargs = True
         compat.check_trainer(self)
         refuse_sharded_prompt(self.model, self.accelerator)
@@ -154,7 +154,7 @@ class TargetSFTTrainer(SFTTrainer):
             inputs["output_router_logits"] = True
         unlabelled = {name: value for name, value in inputs.items() if name != "labels"}
         scorer = self._scorer(inputs, unlabelled, columns, mode)
-        # a bound method: FSDP2 would call a copy of a dataclass, with its numbers cast to half precision
+        # the bound method: FSDP2 copies a dataclass argument and casts its tensors to half precision
         out = model(**inputs, qtarget=scorer.__call__)
         if not scorer.called:
             raise RuntimeError(
