@@ -1,4 +1,4 @@
-"""Writes a teacher cache of made-up rows, as one of several processes: `cache_victim.py FOLDER RANK WORLD COMMIT SEED`.
+"""Writes a teacher cache of made-up rows, as one of several: `cache_victim.py FOLDER RANK WORLD COMMIT SEED`.
 
 It imports neither torch nor TRL, so that it starts fast: `test_cache.py` kills it over and over.
 """
