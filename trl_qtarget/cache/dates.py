@@ -6,7 +6,6 @@ front of the template, gives it two different answers.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from typing import Any
 
@@ -31,7 +30,8 @@ def before_date(tokenizer: Any) -> str | None:
     for conversation, options in RENDERED:
         texts = [_rendered(tokenizer, conversation, answer, options) for answer in ANSWERS]
         if texts[0] != texts[1]:
-            return os.path.commonprefix(texts)[-SHOWN:].strip().rpartition("\n")[2]
+            differing = (i for i, (one, other) in enumerate(zip(*texts, strict=False)) if one != other)
+            return texts[0][: next(differing, 0)][-SHOWN:].strip().rpartition("\n")[2]
     return None
 
 

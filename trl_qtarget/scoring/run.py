@@ -43,7 +43,7 @@ class Row(NamedTuple):
 
 
 class Teacher(ReadModel):
-    """The teacher of a cache, whole in each process: an engine that shards weights would make all ranks score alike."""
+    """The teacher of a cache, whole in each process: with sharded weights all ranks would have to score in step."""
 
     def __init__(self, model: Any):
         self.model = model
@@ -73,7 +73,11 @@ class CacheRun:
         agreement = None if clones else compare_tokenizers(*names, tokenizer, training_args, train)
         self.teacher_columns = head_rows(base_model(teacher))
         trainer = TargetSFTTrainer(
-            base_model(teacher), training_args, train_dataset=train, eval_dataset=evaluation, processing_class=tokenizer
+            base_model(teacher),
+            training_args,
+            train_dataset=train,
+            eval_dataset=evaluation,
+            processing_class=tokenizer,
         )
         self.tokenizer, self.accelerator = trainer._tokenizer, trainer.accelerator
         if clones:  # the trainer has given the teacher as many rows as it will give the student
@@ -120,7 +124,9 @@ class CacheRun:
         if not rows:
             cut = self.args.max_length
             within = "" if cut is None else f" within max_length={cut}"
-            remedy = "Give data with completions" if cut is None else "Raise max_length, or set it to null to cut nothing"
+            remedy = (
+                "Give data with completions" if cut is None else "Raise max_length, or set it to null to cut nothing"
+            )
             raise ValueError(f"Nothing is left to learn from: no row has a label{within}. {remedy}.")
         return rows
 
@@ -140,7 +146,7 @@ class CacheRun:
                 row = self.rows[key]
                 raise ValueError(
                     f"The teacher {self.teacher_name} gives NaN on row {row.number} of the prepared {row.dataset} "
-                    "dataset: load it in another dtype, as with --teacher_model_init_kwargs '{\"dtype\": \"float32\"}'."
+                    'dataset: load it in another dtype, as with --teacher_model_init_kwargs \'{"dtype": "float32"}\'.'
                 )
         if not self._checked:
             longest = torch.from_numpy(self.sequence(self.by_length()[-1]).ids).long()[None]
