@@ -1,8 +1,9 @@
-"""Writes a teacher cache of made-up rows, as one of several processes: `cache_victim.py FOLDER RANK WORLD COMMIT`.
+"""Writes a teacher cache of made-up rows, as one of several: `cache_victim.py FOLDER RANK WORLD COMMIT SEED`.
 
 It imports neither torch nor TRL, so that it starts fast: `test_cache.py` kills it over and over.
 """
 
+import contextlib
 import os
 import random
 import sys
@@ -11,8 +12,8 @@ import time
 import numpy as np
 
 from trl_qtarget.cache.fingerprints import row_key
-from trl_qtarget.cache.shards import Entry, Settings
-from trl_qtarget.cache.writer import CacheWriter
+from trl_qtarget.cache.shards import CacheError, Entry, Settings
+from trl_qtarget.cache.writer import CacheWriter, alone
 
 
 SETTINGS = Settings("teacher", "main", "f0", "f1", "f2", vocab_size=50, k=5, dtype="float16", max_length=64)
@@ -57,13 +58,22 @@ def dawdle(name: str) -> None:
     setattr(os, name, lambda *args, **kwargs: (time.sleep(0.004), call(*args, **kwargs))[1])
 
 
+def write(folder: str, rank: int, world: int, commit: int, seed: int = 0) -> None:
+    with alone(folder) if world == 1 else contextlib.nullcontext():  # of several, the caller holds the folder
+        print("holds", flush=True)
+        writer = CacheWriter(folder, SETTINGS)
+        fill(writer, made_up_rows(seed=seed), rank, world)
+        if commit:
+            writer.commit(VERSIONS)
+
+
 if __name__ == "__main__":
-    folder, rank, world, commit = sys.argv[1], *map(int, sys.argv[2:])
     for name in ("fsync", "replace", "unlink"):
         dawdle(name)
     print("ready", flush=True)
-    writer = CacheWriter(folder, SETTINGS)
-    fill(writer, made_up_rows(), rank, world)
-    if commit:
-        writer.commit(VERSIONS)
+    try:
+        write(sys.argv[1], *map(int, sys.argv[2:]))
+    except CacheError as mistake:
+        print(mistake, flush=True)
+        os._exit(2)
     os._exit(0)  # what Python does at its end takes longer than all of this

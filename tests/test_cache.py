@@ -9,10 +9,13 @@ import pickle
 import random
 import re
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 import time
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 
 import cache_victim
@@ -23,11 +26,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trl_qtarget import files
-from trl_qtarget.cache import shards
+from trl_qtarget.cache import foreign_file, shards
 from trl_qtarget.cache.fingerprints import row_key
 from trl_qtarget.cache.reader import TeacherCache, readable
 from trl_qtarget.cache.shards import CacheError, Entry
-from trl_qtarget.cache.writer import CacheWriter
+from trl_qtarget.cache.writer import CacheWriter, alone
+from trl_qtarget.locking import LOCK
 
 
 FILLS_THE_GAP = r": delete it and run `trl-qtarget cache` again, which fills the gap\.$"
@@ -73,8 +77,8 @@ def assert_same(entry: Entry, other: Entry) -> None:
         np.testing.assert_array_equal(ours, theirs)
 
 
-def victim(folder: Path, rank: int = 0, world: int = 1, commit: int = 1) -> subprocess.Popen:
-    command = [sys.executable, cache_victim.__file__, folder, *map(str, (rank, world, commit))]
+def victim(folder: Path, rank: int = 0, world: int = 1, commit: int = 1, seed: int = 0) -> subprocess.Popen:
+    command = [sys.executable, cache_victim.__file__, folder, *map(str, (rank, world, commit, seed))]
     return subprocess.Popen(command, stdout=subprocess.PIPE, cwd=Path(__file__).parents[1], env=environment())
 
 
@@ -178,10 +182,87 @@ def test_kill_at_any_moment(made, tmp_path):
         time.sleep(draw.uniform(0, takes))
         process.kill()
         process.communicate()
+        assert process.returncode in (0, -signal.SIGKILL), "what a killed run has left stops no later one"
         kills += process.returncode != 0
         if process.returncode == 0:
             assert contents(folder) == contents(made)
             finished += 1
+
+
+def ended(process: subprocess.Popen) -> int:
+    process.communicate()
+    return process.returncode
+
+
+def holding(folder: Path, **options) -> subprocess.Popen:
+    """A process that writes into the folder, stopped right after it has begun to."""
+    process = victim(folder, **options)
+    assert [process.stdout.readline() for _ in range(2)] == [b"ready\n", b"holds\n"]
+    process.send_signal(signal.SIGSTOP)
+    return process
+
+
+def test_two_runs_on_one_folder(tmp_path):
+    """The second run is refused while the first one writes, and adds its rows afterwards: no row of either is lost."""
+    first, other = holding(tmp_path), made_up_rows(seed=1)
+    second = victim(tmp_path, seed=1)
+    said = second.communicate()[0].decode().splitlines()[-1]
+    first.send_signal(signal.SIGCONT)
+    assert (ended(first), second.returncode) == (0, 2)
+    start, _, rest = said.partition(", since ")
+    assert start == (
+        f"Another `trl-qtarget cache` writes into {tmp_path} (process {first.pid} on {socket.gethostname()}"
+    )
+    time_of, _, rest = rest.partition(")")
+    assert 0 <= (datetime.now().astimezone() - datetime.fromisoformat(time_of)).total_seconds() < 600
+    assert rest == ": wait until it has ended, or choose another folder."
+    assert not TeacherCache(tmp_path).missing(ROWS)
+    assert len(TeacherCache(tmp_path).missing(other)) == len(other)
+    assert ended(victim(tmp_path, seed=1)) == 0
+    assert not TeacherCache(tmp_path).missing(ROWS | other)
+    assert not (tmp_path / LOCK).exists()
+
+
+@pytest.mark.parametrize("moment", [0, 0.05, 0.2])
+def test_a_killed_run_holds_nothing(tmp_path, made, moment):
+    first = holding(tmp_path)
+    first.send_signal(signal.SIGCONT)
+    time.sleep(moment)
+    first.kill()
+    assert ended(first) == -signal.SIGKILL
+    assert f"process {first.pid} on " in (tmp_path / LOCK).read_text()
+    assert ended(victim(tmp_path)) == 0
+    assert contents(tmp_path) == contents(made)
+
+
+def test_a_run_without_a_shard_leaves_nothing(tmp_path, copied):
+    """Neither a folder that was made for it, nor settings that another run would have to share."""
+    folder = tmp_path / "a" / "b"
+    with pytest.raises(CacheError, match="keeps 1 to 50"), alone(folder):
+        CacheWriter(folder, SETTINGS).settings = replace(SETTINGS, k=51)
+    assert not folder.exists()
+    (tmp_path / "c").mkdir()
+    CacheWriter(tmp_path / "c", SETTINGS)  # as a killed run leaves it
+    with alone(tmp_path / "c"):
+        make(tmp_path / "c", settings=replace(SETTINGS, teacher_fingerprint="f9"))
+    assert len(TeacherCache(tmp_path / "c")) == len(ROWS)
+    before = contents(copied)
+    with pytest.raises(OSError, match="no luck"), alone(copied):
+        raise OSError("no luck")
+    assert contents(copied) == before
+
+
+def test_a_folder_as_a_run_killed_at_its_start_leaves_it(tmp_path, made):
+    for name in (LOCK, ".manifest.json.0123456789abcdef0123456789abcdef.tmp"):
+        (tmp_path / name).touch()
+    assert foreign_file(tmp_path) is None
+    with alone(tmp_path):
+        make(tmp_path)
+    assert contents(tmp_path) == contents(made)
+    assert foreign_file(tmp_path) is None
+    assert foreign_file(tmp_path / "nowhere") is None
+    (tmp_path / "manifest.json").unlink()
+    assert foreign_file(tmp_path) == "README.md"
 
 
 @pytest.mark.parametrize("operation", ["fsync", "replace"])

@@ -526,6 +526,54 @@ def test_mistakes_of_all_stages_at_once(chain, started, capsys):
     assert not started
 
 
+def several(*stages, **top):
+    Path("chain.yaml").write_text(yaml.safe_dump({"output_dir": "runs", **top, "stages": list(stages)}))
+    return "chain.yaml"
+
+
+def test_an_output_dir_in_a_stage_hides_no_other_mistake(workplace, started, capsys):
+    stage = {"command": "sft", "output_dir": "x", "model_name_or_path": "./no", "loss": "dft", **CPU}
+    leave_out = "leave out output_dir: every stage writes into the chain's output_dir"
+    assert refused(several(stage, {"command": "dpo", "output_dir": ["y"], "betta": 1, **CPU}), capsys) == [
+        f"stage sft: {leave_out}",
+        f"stage dpo: {leave_out}",
+        "stage sft: model_name_or_path: there is no folder ./no",
+        "stage sft: no data: pass --dataset_name, or list `datasets` in the YAML file",
+        "stage dpo: unknown key 'betta' (did you mean 'beta'?)",
+    ]
+    lines = refused(several(stage, output_dir=None, defaults={"output_dir": "x", "seeed": 1}), capsys, "--to", "dpo")
+    assert lines == [
+        "chain.yaml: output_dir must be the folder of the whole chain, got None",
+        f"stage sft: {leave_out}",
+        "defaults: no stage knows 'seeed' (did you mean 'seed'?)",
+        f"defaults: {leave_out}",
+        "--to dpo: there is no such stage, there are sft",
+        "stage sft: model_name_or_path: there is no folder ./no",
+        "stage sft: no data: pass --dataset_name, or list `datasets` in the YAML file",
+    ]
+
+
+def test_a_stage_that_cannot_be_read_hides_no_other_mistake(workplace, started, capsys):
+    """Nor do the stages after it lack the model or the reference that it would have given them."""
+    good = {"command": "dpo", **data("pairs.jsonl"), **CPU}
+    more = {"run_name": "${stages.x.output_dir}", "beta": "much"}
+    lines = refused(several({"command": "banana", "name": "x"}, "sft", {**good, **more}, {**good, "los": 1}), capsys)
+    assert lines == [
+        "stage x: command must be one of sft, dpo, kto, grpo, rloo, reward, merge, cache, eval, got 'banana'",
+        "stage 2: must be a mapping, got 'sft'",
+        "stage dpo: the name is taken, give it another `name`",
+        "stage dpo: beta must be a number, got 'much'",
+        "stage dpo#4: unknown key 'los'",
+    ]
+    Path("runs.txt").touch()
+    lines = refused(several({**good, "name": "a/b", "betta": 1}, output_dir="runs.txt"), capsys)
+    assert lines[:2] == [
+        "chain.yaml: output_dir must be a folder, and runs.txt is a file",
+        "stage a/b: name must be of letters, digits, '.', '_' and '-', got 'a/b'",
+    ]
+    assert "stage a/b: unknown key 'betta' (did you mean 'beta'?)" in lines
+
+
 def test_a_teacher_of_a_stage_to_come(chain, started):
     chain()
     content = yaml.safe_load(Path("chain.yaml").read_text())
@@ -582,6 +630,33 @@ def test_what_is_done_is_skipped_and_what_changed_is_kept(chain, started):
     assert main(["chain", "--config", chain(dpo={"beta": 0.2})]) == 0
     assert ran(started) == ["grpo"]
     assert Path("runs/grpo.old-3").is_dir()
+
+
+def test_what_is_moved_aside_is_said_before_it_moves(chain, started, capsys, monkeypatch):
+    assert main(["chain", "--config", chain()]) == 0
+    said, rename = {}, Path.rename
+
+    def recorded(path, target):
+        said[str(path)] = capsys.readouterr().out.splitlines()[-1].strip()
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", recorded)
+    assert main(["chain", "--config", chain(dpo={"beta": 0.2})]) == 0
+    assert said == {
+        f"runs/{name}": f"the last run's folder runs/{name} is kept as runs/{name}.old-1" for name in ("dpo", "grpo")
+    }
+
+
+def test_a_folder_that_appears_beside_a_chain_changes_nothing(chain, started):
+    """As a logger, an environment variable and a run leave them."""
+    config = chain(sft={"env": {"HF_HOME": "hf"}, "run_name": "first"}, dpo={"run_name": "logs"})
+    assert main(["chain", "--config", config]) == 0
+    for name in ("hf", "first", "logs", "none", "float32"):
+        Path(name, "run").mkdir(parents=True)
+        Path(name, "run", "events").write_text("1")
+    started.clear()
+    assert main(["chain", "--config", config]) == 0
+    assert not started
 
 
 def test_a_function_of_a_module_elsewhere_is_an_input(chain, started, workplace, monkeypatch):
@@ -697,6 +772,29 @@ def test_a_checkpoint_after_the_last_step_is_not_gone_on_from(chain, started, ca
     assert Path("runs/dpo/model/checkpoint-60").exists() == bool(resumed)
 
 
+def test_half_a_checkpoint_is_not_gone_on_from(chain, started):
+    """Trainer was killed while it deleted the last but one, with save_total_limit: 1."""
+    started.fail = "dpo"
+    assert main(["chain", "--config", chain()]) == 1
+    for number, names in ((50, ["optimizer.pt"]), (60, ["optimizer.pt", "model.safetensors"])):
+        for name in names:
+            path = Path(f"runs/dpo/model/checkpoint-{number}", name)
+            path.parent.mkdir(exist_ok=True)
+            path.touch()
+        (path.parent / "trainer_state.json").write_text(json.dumps({"global_step": number, "max_steps": 60}))
+    started.fail = None
+    started.clear()
+    assert main(["chain", "--config", chain()]) == 0
+    assert "--resume_from_checkpoint" not in started[0]
+
+
+def test_a_stage_killed_before_its_first_record_is_no_foreign_folder(chain, started):
+    unfinished = Path("runs/dpo/.stage.json.0123456789abcdef0123456789abcdef.tmp")
+    unfinished.parent.mkdir(parents=True)
+    unfinished.touch()
+    assert main(["chain", "--config", chain()]) == 0
+
+
 def test_a_folder_of_somebody_else_is_left_alone(chain, started, capsys):
     Path("runs/dpo").mkdir(parents=True)
     Path("runs/dpo/thesis.tex").write_text("x")
@@ -718,7 +816,8 @@ def test_one_chain_at_a_time(chain, started, capsys, monkeypatch):
     monkeypatch.setattr(execute, "execute", twice)
     assert main(["chain", "--config", config]) == 0
     assert inner == [2]
-    assert "another chain runs in runs" in capsys.readouterr().err
+    assert f"another chain runs in runs (process {os.getpid()} on " in capsys.readouterr().err
+    assert not Path("runs/.lock").exists()
 
 
 def test_a_moved_chain_is_still_done(chain, started):

@@ -3,6 +3,8 @@
 import json
 import re
 import runpy
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -37,6 +39,9 @@ TAUGHT = Size(
 )  # fmt: skip
 TEACHER = Teacher(TAUGHT, weights=6 * N, itemsize=2)
 PLAIN = Run(STUDENT, rows=4, row_tokens=64, half=False, checkpointing=False, device="cpu")
+
+
+KNOWS_NOT = "PEFT does not know where to put adapters in "
 
 
 def part(run, name):
@@ -363,6 +368,70 @@ def test_plan_advises_where_peft_does_not_know_the_architecture(recipe, capsys, 
     said = capsys.readouterr().out
     assert "gradient_checkpointing: true" in said
     assert "use_peft" not in said
+
+
+@pytest.mark.parametrize(
+    ("config", "words", "said"),
+    [
+        ({"model_type": "xglm", "architectures": ["XGLMForCausalLM"]}, ["--use_peft", "true"], KNOWS_NOT),
+        ({"model_type": "gpt_oss", "architectures": ["GptOssForCausalLM"]}, ["--use_peft", "true"], KNOWS_NOT),
+        (
+            {"model_type": "mamba", "architectures": ["MambaForCausalLM"]},
+            ["--use_peft", "true", "--lora_target_modules", "all-linear"],
+            "PEFT cannot put these adapters on MambaForCausalLM ([PEFT",
+        ),
+        (
+            {"model_type": "mamba", "architectures": ["MambaForCausalLM"]},
+            [],
+            "the plan has no formula for the layers of MambaForCausalLM, whose configuration has no attention heads",
+        ),
+        ({"model_type": "bert", "architectures": ["BertForMaskedLM"]}, [], "is a BertForMaskedLM, which is no causal"),
+        ({"model_type": "vit", "architectures": ["ViTForImageClassification"]}, [], "is a ViTForImageClassification"),
+        (
+            {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "num_attention_heads": 7},
+            [],
+            "",
+        ),
+        ({"model_type": "no_such_type"}, [], "the configuration of "),
+    ],
+)
+def test_plan_says_what_it_cannot_count(recipe, capsys, tmp_path, config, words, said):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text(json.dumps(config))
+    file = recipe(model_name_or_path=str(tmp_path / "other"), teacher_model_name_or_path=None, loss="dft")
+    with pytest.raises(SystemExit) as stop:
+        main(["plan", "--config", file, *words])
+    assert stop.value.code == 2
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("trl-qtarget"))
+    assert line.removeprefix("trl-qtarget plan: ").removeprefix(f"'{tmp_path}/other' ").startswith(said)
+    if config.get("num_attention_heads"):  # transformers 5 finds it in the configuration, 4 as the model is made
+        assert "the configuration of" in line
+        assert "heads" in line
+
+
+def test_plan_without_peft(recipe, tmp_path, monkeypatch, capsys):
+    """It advises no adapters, and says what is missing where a recipe has some."""
+    code = (
+        "import sys; sys.modules['peft'] = None; from trl_qtarget.cli.main import main; sys.exit(main(sys.argv[1:]))"
+    )
+    words = ["plan", "--config", recipe(gradient_checkpointing=False), "--device_memory", "0.001"]
+    run = subprocess.run([sys.executable, "-c", code, *words], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert run.returncode == 1, run.stderr
+    assert "gradient_checkpointing: true" in run.stdout
+    assert "use_peft" not in run.stdout
+    monkeypatch.setitem(sys.modules, "peft", None)
+    LoraConfig(r=4, target_modules=["q_proj"], base_model_name_or_path="x").save_pretrained(tmp_path / "adapter")
+    for changes, said in (
+        ({"use_peft": True}, "use_peft: the package peft is not installed: pip install peft."),
+        (
+            {"teacher_model_name_or_path": str(tmp_path / "adapter")},
+            f"{tmp_path}/adapter is an adapter, and the package peft",
+        ),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            main(["plan", "--config", recipe(**changes)])
+        assert stop.value.code == 2
+        assert said in capsys.readouterr().err
 
 
 def test_plan_needs_no_cache_to_plan_with_one(recipe, capsys, tmp_path):

@@ -11,10 +11,11 @@ from datasets import IterableDataset
 
 from ..data.collators import WrappedCollator
 from ..loss.per_token import REFERENCE_COLUMNS
+from .dates import dated
 from .fingerprints import template_fingerprint, tokenizer_fingerprint
 from .reader import TeacherCache, readable
 from .sequences import TokenSequence, batch_sequences, dataset_sequences
-from .shards import CacheError, Entry
+from .shards import CacheError, Entry, Settings
 
 
 LARGE = 10_000  # rows; hashing at least as many shows a progress bar
@@ -45,17 +46,25 @@ def open_cache(args: Any, tokenizer: Any, student_columns: int, datasets: Mappin
     for name, dataset in datasets.items():
         if isinstance(dataset, IterableDataset):
             continue
-        keys = [key for key, *_ in dataset_sequences(dataset, name, disable=not main or len(dataset) < LARGE)]
-        if missing := cache.missing(keys):
+        quiet = not main or len(dataset) < LARGE
+        rows = {key: number for key, number, *_ in dataset_sequences(dataset, name, disable=quiet)}
+        if missing := cache.missing(rows):
             cache.check(max_length=args.max_length)  # another truncation explains missing rows: name that instead
-            made = cache.settings
+            cause = dated(tokenizer, [dataset[rows[missing[0]]]["input_ids"]])
             raise CacheError(
-                f"{len(missing)} of the {len(set(keys))} distinct sequences of the {name} dataset are not in the "
-                f"cache {args.teacher_cache}. Add just those, with your recipe for RECIPE: trl-qtarget cache "
-                f"--config RECIPE --teacher_model_name_or_path {made.teacher} --top_k {made.k} "
-                f"--cache_dtype {made.dtype} --teacher_cache {args.teacher_cache}"
+                f"{len(missing)} of the {len(rows)} distinct sequences of the {name} dataset are not in the cache "
+                f"{args.teacher_cache}{': ' + cause if cause else _addition(args.teacher_cache, cache.settings)}"
             )
+    cache.cause = dated(tokenizer)
     return cache
+
+
+def _addition(folder: str, made: Settings) -> str:
+    return (
+        f". Add just those, with your recipe for RECIPE: trl-qtarget cache --config RECIPE "
+        f"--teacher_model_name_or_path {made.teacher} --top_k {made.k} --cache_dtype {made.dtype} "
+        f"--teacher_cache {folder}"
+    )
 
 
 class CachedTeacherCollator(WrappedCollator):
@@ -89,9 +98,10 @@ class CachedTeacherCollator(WrappedCollator):
         try:
             entry = self.cache[sequence.key]
         except KeyError:
+            cause = f"{self.cache.cause}. If the sequence holds no date, " if self.cache.cause else ""
             raise CacheError(
-                f"A sequence of {len(sequence.ids)} tokens is not in the teacher cache: run the `trl-qtarget cache` "
-                "of this recipe again, it adds what is missing."
+                f"A sequence of {len(sequence.ids)} tokens is not in the teacher cache: {cause}run the `trl-qtarget "
+                "cache` of this recipe again, it adds what is missing."
             ) from None
         if not 0 <= entry.ids.min() <= entry.ids.max() < self.cache.settings.vocab_size:
             raise CacheError(

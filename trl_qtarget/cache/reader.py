@@ -38,6 +38,7 @@ class TeacherCache:
             raise CacheError(f"{self.folder / name} {fault}: {remedy}.")
         self.settings = Settings(**manifest["settings"])
         self.rows, self.tokens = (sum(shard[name] for shard in shards) for name in ("rows", "tokens"))
+        self.cause = ""  # a known reason, as a clause, why rows of a run may be missing
         self._paths = [self.folder / shard["name"] for shard in shards]
         self._starts = np.cumsum([0, *(shard["rows"] for shard in shards)])
         self._mapped: dict[int, Shard] = {}
@@ -61,7 +62,7 @@ class TeacherCache:
         return self._mapped[number][row - self._starts[number]]
 
     def __reduce__(self):
-        return type(self), (self.folder, False)
+        return type(self), (self.folder, False), {"cause": self.cause}
 
     def missing(self, keys: Iterable[str]) -> list[str]:
         """Return the distinct keys that the cache lacks, in their order."""

@@ -13,8 +13,10 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from ..data.tokenized import check_tokenized
 from ..theory.reference import IGNORE
 from .fingerprints import row_key
+from .shards import CacheError
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,11 @@ class TokenSequence:
 
 
 def row_sequences(row: Mapping[str, Any]) -> list[TokenSequence]:
-    """Return the sequences with labels in one row of the prepared dataset."""
+    """Return the sequences with labels in one row of the prepared dataset.
+
+    Raises:
+        CacheError: a label is another one than its token.
+    """
     ids = np.asarray(row["input_ids"])
     labels = np.asarray(row["labels"]) if "labels" in row else ids
     cuts = np.cumsum(row["seq_lengths"])[:-1] if "seq_lengths" in row else []
@@ -46,17 +52,38 @@ def row_sequences(row: Mapping[str, Any]) -> list[TokenSequence]:
 
 
 def dataset_sequences(dataset: Any, name: str, disable: bool = False) -> Iterator[tuple[str, int, int, TokenSequence]]:
-    """Yield (key, row, number within the row, sequence) for every sequence with labels in a prepared dataset."""
+    """Yield (key, row, number within the row, sequence) for every sequence with labels in a prepared dataset.
+
+    Raises:
+        ValueError: a row is not tokenized as a cache needs it; the message names the row.
+    """
+    check_tokenized(name, dataset)
     columns = [column for column in ("input_ids", "labels", "seq_lengths") if column in dataset.column_names]
     rows = dataset.with_format("numpy", columns=columns)
     for number, row in enumerate(tqdm(rows, f"Hashing {name} dataset", disable=disable, unit=" rows")):
-        for part, sequence in enumerate(row_sequences(row)):
+        try:
+            sequences = row_sequences(row)
+        except CacheError as mistake:
+            raise CacheError(f"Row {number} of the {name} dataset: {mistake}") from None
+        for part, sequence in enumerate(sequences):
             yield sequence.key, number, part, sequence
 
 
 def batch_sequences(batch: Mapping[str, Any]) -> Iterator[tuple[int, int, TokenSequence]]:
-    """Yield (row, start, sequence) for every sequence with labels in a collated batch, packed or padded."""
+    """Yield (row, start, sequence) for every sequence with labels in a collated batch, packed or padded.
+
+    Raises:
+        CacheError: the batch does not tell where its sequences are, or a label is another one than its token.
+    """
     positions = batch.get("position_ids")
+    lacking = [name for name in ("input_ids", "labels") if name not in batch]
+    if positions is None and "attention_mask" not in batch:
+        lacking.append("attention_mask, or position_ids where rows are joined")
+    if lacking:
+        raise CacheError(
+            f"The batches of this data collator have no {', no '.join(lacking)}: a teacher cache finds its rows by "
+            "them. Let the collator return them, or leave teacher_cache out."
+        )
     for row, (ids, labels) in enumerate(zip(batch["input_ids"].numpy(), batch["labels"].numpy(), strict=True)):
         if positions is None:
             mask = batch["attention_mask"][row].numpy()
@@ -83,4 +110,10 @@ def by_name(train: Any, evaluation: Any) -> dict[str, Any]:
 def _sequence(ids: np.ndarray, labels: np.ndarray) -> TokenSequence:
     labelled = labels != IGNORE
     labelled[:1] = False
+    if (other := np.flatnonzero(labelled & (labels != ids))).size:
+        at = other[0]
+        raise CacheError(
+            f"the token {ids[at]} has the label {labels[at]}, and a teacher cache is of the tokens themselves: give "
+            "labels that equal input_ids, or -100, or leave teacher_cache out."
+        )
     return TokenSequence(ids.astype(np.int32), labelled)

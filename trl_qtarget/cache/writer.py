@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from ..files import TEMPORARY, write_text
-from . import MANIFEST
+from ..locking import Held, held
+from . import MANIFEST, foreign_file
 from .card import write_card
 from .fingerprints import digest
 from .shards import (
@@ -35,12 +37,53 @@ CARD = "README.md"
 REMOVABLE = re.compile(rf"shard-\d{{5,}}\.(arrow|json)|{TEMPORARY.pattern}")  # all other files are the user's
 
 
+@contextmanager
+def alone(folder: str | Path) -> Iterator[None]:
+    """Keep other runs out of a folder, which is made if it is missing, for the length of the context.
+
+    Two runs that plan at the same time give their shards the same names, and the files and the manifest of the second
+    one would replace those of the first. One process of each run holds the folder for all processes of the run. A run
+    that ends before its first shard leaves nothing: no settings that would bind the next run, and no new folder.
+
+    Raises:
+        CacheError: another run writes into the folder, or the folder holds a manifest that cannot be read.
+    """
+    folder = Path(folder)
+    is_new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with held(folder):
+            _forget_settings(folder)  # of a run that was killed
+            try:
+                yield
+            finally:
+                with suppress(CacheError):
+                    _forget_settings(folder)
+    except Held as holder:
+        raise CacheError(
+            f"Another `trl-qtarget cache` writes into {folder} ({holder}): wait until it has ended, or choose another "
+            "folder."
+        ) from None
+    finally:
+        if is_new:
+            with suppress(OSError):  # it is not empty
+                folder.rmdir()
+
+
+def _forget_settings(folder: Path) -> None:
+    """Remove the manifest of a run that has written no shard."""
+    manifest = folder / MANIFEST
+    if manifest.is_file() and read_manifest(folder)["versions"] is None and not any(folder.glob("shard-*")):
+        manifest.unlink()
+
+
 class CacheWriter:
     """A writer that makes the cache in a folder, or continues the cache that the folder holds.
 
-    Several processes may write into one folder: each makes a writer and the same plan, writes every n-th shard, and
-    after all of them one process commits. A process must select its shards by their position in the plan before it
-    skips those marked `done`: a writer that is made later may see more of them done.
+    Several processes of one run, which holds the folder by `alone`, may write into it: each makes a writer and the
+    same plan, writes every n-th shard, and after all of them one process commits. A process must select its shards by
+    their position in the plan before it skips those marked `done`: a writer that is made later may see more of them
+    done.
 
     Raises:
         CacheError: the folder holds a cache of other settings, or other files.
@@ -49,13 +92,12 @@ class CacheWriter:
     def __init__(self, folder: str | Path, settings: Settings, disable: bool = False):
         self.folder, self.settings, self.disable = Path(folder), settings, disable
         self.folder.mkdir(parents=True, exist_ok=True)
-        names = {path.name for path in self.folder.iterdir()}
-        if MANIFEST not in names:
-            if strange := sorted(name for name in names if not TEMPORARY.fullmatch(name)):
-                raise CacheError(
-                    f"The folder {folder} holds {strange[0]} and no {MANIFEST}, so it is no teacher cache: choose "
-                    "another folder."
-                )
+        if strange := foreign_file(self.folder):
+            raise CacheError(
+                f"The folder {folder} holds {strange} and no {MANIFEST}, so it is no teacher cache: choose another "
+                "folder."
+            )
+        if not (self.folder / MANIFEST).exists():
             write_manifest(self.folder, settings, {}, versions=None)
         manifest = read_manifest(self.folder)
         self._require_same(manifest["settings"])

@@ -3,7 +3,7 @@
 import difflib
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +27,18 @@ class Mistakes(ValueError):
     """The mistakes in a chain, one sentence for each argument."""
 
 
+UNKNOWN = "OUTPUT_DIR"  # stands for the chain's output_dir in other mistakes where the file has none
+
+
 @dataclass(frozen=True)
 class Entry:
-    """One entry of `stages`, with the options of its command as they stand in the file."""
+    """One entry of `stages`, with the options of its command as they stand in the file.
+
+    Where the command cannot be told, it is None: stages after it are checked as if a policy came from it.
+    """
 
     name: str
-    command: str
+    command: str | None
     handoff: str
     tolerance: float | None
     settings: dict[str, yaml.Node]
@@ -40,7 +46,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Chain:
-    """The contents of a chain's file, and the `mistakes` that leave it readable."""
+    """The contents of a chain's file, and the `mistakes` in it, to which those of its stages are added later."""
 
     mistakes: list[str]
     output_dir: Path
@@ -52,7 +58,7 @@ def read(file: str) -> Chain:
     """Read a chain's YAML file.
 
     Raises:
-        Mistakes: the file, its output_dir or one of its stages cannot be read, or two stages have one name.
+        Mistakes: the file cannot be read, or has no stages.
     """
     try:
         top = dict(load(file))
@@ -62,52 +68,72 @@ def read(file: str) -> Chain:
     folder = plain(top.get("output_dir"))
     if not isinstance(folder, str):
         mistakes.append(f"{file}: output_dir must be the folder of the whole chain, got {folder!r}")
+        folder = UNKNOWN
+    elif Path(folder).exists() and not Path(folder).is_dir():
+        mistakes.append(f"{file}: output_dir must be a folder, and {folder} is a file")
     defaults, wrong = _mapping(top.get("defaults"), "defaults")
     mistakes += wrong
     nodes = top["stages"].value if isinstance(top.get("stages"), yaml.SequenceNode) else []
     if not nodes:
-        mistakes.append(f"{file}: stages must be a list of mappings, as in `- command: sft`")
+        raise Mistakes(*mistakes, f"{file}: stages must be a list of mappings, as in `- command: sft`")
     entries: list[Entry] = []
     for number, node in enumerate(nodes, start=1):
         entry, wrong = _entry(node, number)
         mistakes += wrong
-        entries += [] if entry is None else [entry]
-    names = [entry.name for entry in entries]
-    taken = {name for name in names if names.count(name) > 1 or name.removesuffix("-merge") in {*names} - {name}}
+        entries.append(entry)
+    entries, taken = _told_apart(entries)
     mistakes += [f"stage {name}: the name is taken, give it another `name`" for name in sorted(taken)]
     mistakes += _secrets("defaults", defaults)
     for entry in entries:
         mistakes += _secrets(f"stage {entry.name}", entry.settings)
-    if len(entries) < len(nodes) or not nodes or taken or not isinstance(folder, str):
-        raise Mistakes(*mistakes)
     return Chain(mistakes, Path(folder), defaults, entries)
 
 
-def _entry(node: yaml.Node, number: int) -> tuple[Entry | None, list[str]]:
-    """Return the entry in a node (None without a usable name or command), and the mistakes in it."""
+def _entry(node: yaml.Node, number: int) -> tuple[Entry, list[str]]:
+    """Return the entry in a node, and the mistakes in it."""
     settings, mistakes = _mapping(node, f"stage {number}")
     own = {key: plain(settings.pop(key)) for key in STAGE_KEYS if key in settings}
     command, name = own.get("command"), own.get("name", own.get("command", number))
     where = f"stage {name}"
     if mistakes or (not settings and not own):
-        return None, mistakes or [f"{where}: must be a mapping, as in `command: sft`"]
+        return _unreadable(name), mistakes or [f"{where}: must be a mapping, as in `command: sft`"]
     if not isinstance(command, str) or command not in OUTPUT:
         guess = nearest(str(command), OUTPUT) if command is not None else ""
         mistakes.append(f"{where}: command must be one of {', '.join(OUTPUT)}, got {command!r}{guess}")
         close = difflib.get_close_matches(str(command), OUTPUT, n=1)
-        if not close:
-            return None, mistakes
-        command = close[0]  # so that mistakes in its settings are found in the same run
+        command = close[0] if close else None  # so that mistakes in its settings are found in the same run
     if not isinstance(name, str) or not NAME.fullmatch(name):
-        return None, [*mistakes, f"{where}: name must be of letters, digits, '.', '_' and '-', got {name!r}"]
-    if name in TAKEN_FILES or MOVED_ASIDE.search(name):
-        return None, [
-            *mistakes,
-            f"{where}: name must be another one, {name!r} is a name that the chain itself uses in its folder",
-        ]
+        mistakes.append(f"{where}: name must be of letters, digits, '.', '_' and '-', got {name!r}")
+    elif name in TAKEN_FILES or MOVED_ASIDE.search(name):
+        mistakes.append(
+            f"{where}: name must be another one, {name!r} is a name that the chain itself uses in its folder"
+        )
+    if command is None:
+        return _unreadable(name), mistakes
     handoff, tolerance = own.get("handoff", "auto"), own.get("step0_tolerance", TOLERANCE)
     mistakes += [f"{where}: {mistake}" for mistake in _wrong_keys(command, own, settings)]
-    return Entry(name, command, handoff if handoff in HANDOFFS else "auto", tolerance, settings), mistakes
+    return Entry(str(name), command, handoff if handoff in HANDOFFS else "auto", tolerance, settings), mistakes
+
+
+def _unreadable(name: Any) -> Entry:
+    return Entry(str(name), None, "auto", None, {})
+
+
+def _told_apart(entries: list[Entry]) -> tuple[list[Entry], set[str]]:
+    """Return the entries, with a number behind each name that is taken, and these names.
+
+    The name of a merge is taken too: a chain writes it after the stage `sft` as `sft-merge`.
+    """
+    names = {entry.name for entry in entries}
+    apart: list[Entry] = []
+    taken: set[str] = set()
+    for number, entry in enumerate(entries, start=1):
+        before = {other.name for other in apart}
+        if entry.name in before or entry.name.removesuffix("-merge") in names - {entry.name}:
+            taken.add(entry.name)
+            entry = replace(entry, name=f"{entry.name}#{number}")
+        apart.append(entry)
+    return apart, taken
 
 
 def _wrong_keys(command: str, own: dict[str, Any], settings: dict[str, yaml.Node]) -> Iterator[str]:

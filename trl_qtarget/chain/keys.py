@@ -2,30 +2,26 @@
 
     key = sha256(command, settings as written, fingerprints of local inputs, keys of the stages that it reads)
 
-A name on the Hub is part of the key as a name. Versions of packages are recorded beside the key and are no part of it,
-so an upgrade does not throw away hours of training. The chain's own folder is no part of it either, so that a chain
-can be moved.
+`fingerprints` knows which settings name inputs. A name on the Hub is part of the key as a name. Versions of packages
+are recorded beside the key and are no part of it, so an upgrade does not throw away hours of training. The chain's own
+folder is no part of it either, so that a chain can be moved.
 """
 
 import hashlib
 import json
 import math
-import os
-import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..files import write_text
-from ..user_code import file_of
+from ..files import TEMPORARY, write_text
+from .fingerprints import of_inputs
 from .nodes import Reference, changed, plain
 from .plan import Stage
 
 
-READ_WHOLE = 16 * 2**20  # bytes: the fingerprint of a larger file is its size and time instead of its contents
 RECORD = "stage.json"
-FUNCTIONS = ("reward_funcs", "loss", "verifier")  # settings that may name a function of the user's
 
 
 @dataclass
@@ -74,11 +70,7 @@ def _key(stage: Stage, known: Mapping[str, str]) -> str:
         for key, node in stage.settings.items()
         if key not in own
     }
-    local = {text: _fingerprint(text) for text in _texts(settings)}
-    for text in _texts([settings.get(key) for key in FUNCTIONS]):
-        file = file_of(text.rpartition(":" if ":" in text else ".")[0])
-        local[text] = local[text] or (file and _digest([file]))
-    content = [stage.command, _with_text_keys(settings), {text: digest for text, digest in local.items() if digest}]
+    content = [stage.command, _with_text_keys(settings), of_inputs(settings, stage.folder.parent)]
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 
@@ -89,71 +81,31 @@ def _with_text_keys(value: Any) -> Any:
     return [_with_text_keys(inner) for inner in value] if isinstance(value, list) else value
 
 
-def _texts(value: Any) -> Iterator[str]:
-    """Yield the texts among the values of mappings and lists."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict | list):
-        for inner in value.values() if isinstance(value, dict) else value:
-            yield from _texts(inner)
-
-
-# Fingerprints of files on this machine
-
-
-def _fingerprint(text: str) -> str | None:
-    """Return the fingerprint of the files that a setting may name, None if there are no such files.
-
-    The text may be a path of data or of a model, a pattern of paths, or a function of a module in this folder.
-    """
-    if not text or len(text) > 4096 or "\n" in text:
-        return None
-    module, _, _ = text.partition(":")
-    dotted = text.rpartition(".")[0] or module
-    candidates = [text, module, *(name.replace(".", "/") + ".py" for name in (dotted, module))]
-    found = [path for path in map(Path, dict.fromkeys(candidates)) if _is_input(path)]
-    if any(sign in text for sign in "*?["):
-        found += sorted(Path().glob(text)) if not os.path.isabs(text) else sorted(Path("/").glob(text[1:]))
-    return _digest(found) if found else None
-
-
-def _is_input(path: Path) -> bool:
-    """Whether the path is a file, or a folder other than the working directory and those above it."""
-    try:
-        return path.is_file() or (path.is_dir() and not Path.cwd().resolve().is_relative_to(path.resolve()))
-    except OSError:
-        return False
-
-
-def _digest(paths: Iterable[Path]) -> str:
-    total = hashlib.sha256()
-    for path in paths:
-        # of a model's folder only the files directly in it count: checkpoints below it come and go
-        deep = path.is_dir() and not any((path / name).is_file() for name in ("config.json", "adapter_config.json"))
-        files = [path] if path.is_file() else sorted(path.rglob("*") if deep else path.glob("*"))
-        for file in files:
-            if file.is_file():
-                total.update(str(file.relative_to(path)).encode() + b"\0" + _content(file))
-    return total.hexdigest()
-
-
-def _content(file: Path) -> bytes:
-    status = file.stat()
-    if status.st_size > READ_WHOLE:
-        return f"{status.st_size} {status.st_mtime_ns}".encode()
-    return hashlib.sha256(file.read_bytes()).digest()
-
-
 # Folders of stages
+
+
+def is_foreign(stage: Stage) -> bool:
+    """Whether the stage's folder holds files and no record, and so was not made by a chain.
+
+    A chain that is killed before the first record leaves an unfinished file, which does not count.
+    """
+    if record(stage.folder) is not None or not stage.folder.exists():
+        return False
+    return not stage.folder.is_dir() or any(not TEMPORARY.fullmatch(path.name) for path in stage.folder.iterdir())
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
     """Return the last complete checkpoint that training can continue from.
 
-    A checkpoint of the last step is left out: from it Trainer takes one more step before it looks at max_steps.
+    A checkpoint of the last step is left out: from it Trainer takes one more step before it looks at max_steps. One
+    with fewer files than the last complete one is left out too: Trainer was killed while it deleted an old checkpoint.
     """
     numbered = sorted(folder.glob("checkpoint-*"), key=lambda path: _number(path.name))
-    return next((path for path in reversed(numbered) if _can_continue(path)), None)
+    complete = [(path, state) for path in reversed(numbered) if (state := _trainer_state(path)) is not None]
+    files = max((_number_of_files(path) for path, _ in complete[:1]), default=0)
+    return next(
+        (path for path, state in complete if _number_of_files(path) >= files and _can_continue(path, state)), None
+    )
 
 
 def _number(name: str) -> int:
@@ -161,19 +113,27 @@ def _number(name: str) -> int:
     return int(tail) if tail.isdigit() else -1
 
 
-def _can_continue(checkpoint: Path) -> bool:
-    """Whether a checkpoint is complete, has steps left, and holds an optimizer."""
-    try:  # the trainer's state is written last
+def _number_of_files(folder: Path) -> int:
+    return sum(path.is_file() for path in folder.rglob("*"))
+
+
+def _trainer_state(checkpoint: Path) -> dict[str, Any] | None:
+    """Return the state that Trainer writes last into a checkpoint; None if the checkpoint is not complete."""
+    try:
         state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return False
+        return None
+    return state if isinstance(state, dict) else None
+
+
+def _can_continue(checkpoint: Path, state: Mapping[str, Any]) -> bool:
+    """Whether a complete checkpoint has steps left, and holds an optimizer, which `save_only_model` leaves out."""
     if state.get("global_step", 0) >= state.get("max_steps", math.inf):
         return False
-    # save_only_model leaves the optimizer out
     return any(any(checkpoint.glob(name)) for name in ("optimizer*", "global_step*", "pytorch_model_fsdp*"))
 
 
-def move_aside(folder: Path) -> Path:
-    """Move the folder of a stage that runs again to NAME.old-1, NAME.old-2, ..., and return its new path."""
+def aside(folder: Path) -> Path:
+    """Return the name under which the folder of a stage that runs again is kept: NAME.old-1, NAME.old-2, ..."""
     number = 1 + max((_number(path.name) for path in folder.parent.glob(f"{folder.name}.old-*")), default=0)
-    return Path(shutil.move(folder, folder.with_name(f"{folder.name}.old-{number}")))
+    return folder.with_name(f"{folder.name}.old-{number}")

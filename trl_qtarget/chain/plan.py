@@ -73,12 +73,15 @@ def resolve(chain: Chain, options: Mapping[str, Iterable[str]]) -> list[Stage]:
     handed_on: dict[str, Output] = {}  # by the name of an entry: the output of its stage, or of the merge after it
     policy: Output | None = None  # the model that the next stage starts from
     for entry in chain.entries:
+        if entry.command is None:
+            handed_on[entry.name] = policy = Output(entry.name, str(chain.output_dir / entry.name / "model"))
+            continue
         known = set(options[entry.command])
         settings = {key: node for key, node in chain.defaults.items() if key in known} | entry.settings
         settings = _with_references(entry.name, settings, handed_on, stages, mistakes)
         if policy is not None:
             settings.setdefault("model_name_or_path", Reference(policy))
-        stage = _stage(entry, settings, chain.output_dir)
+        stage = _stage(entry, entry.command, settings, chain.output_dir)
         stages.append(stage)
         if entry.handoff != "auto" and not stage.makes_adapter:
             mistakes.append(f"stage {entry.name}: handoff is for adapters: set use_peft: true, or leave it out")
@@ -108,11 +111,11 @@ def _with_references(
     return typed
 
 
-def _stage(entry: Entry, settings: dict[str, yaml.Node], root: Path) -> Stage:
+def _stage(entry: Entry, command: str, settings: dict[str, yaml.Node], root: Path) -> Stage:
     """Return the stage of an entry; where step 0 is checked, its settings ask for a log of the first step."""
-    stage = Stage(entry.name, entry.command, root / entry.name, settings)
-    settings["teacher_cache" if entry.command == "cache" else "output_dir"] = Reference(_output(stage))
-    if entry.command not in STEP0_CHECKED:
+    stage = Stage(entry.name, command, root / entry.name, settings)
+    settings["teacher_cache" if command == "cache" else "output_dir"] = Reference(_output(stage))
+    if command not in STEP0_CHECKED:
         return stage
     settings.setdefault("logging_first_step", scalar("true", "bool"))
     logged = plain(settings["logging_first_step"]) is True or plain(settings.get("logging_steps")) == 1

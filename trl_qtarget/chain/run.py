@@ -7,7 +7,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,10 @@ import yaml
 
 from .. import __version__
 from ..files import write_text
+from ..locking import Held, held
 from . import execute, page
 from .chain_file import Chain, Mistakes, read
-from .keys import Record, is_done, keys, move_aside, newest_checkpoint, record
+from .keys import Record, aside, is_done, is_foreign, keys, newest_checkpoint, record
 from .plan import Stage, resolve
 
 
@@ -36,7 +37,7 @@ def main(argv: list[str]) -> int:
     args = make_parser().parse_args(argv)
     try:
         chain = read(args.config)
-        with _locked(chain.output_dir, args.dry_run):
+        with _locked(chain.output_dir, args.dry_run or bool(chain.mistakes)):
             return _run(chain, args)
     except Mistakes as mistakes:
         for mistake in mistakes.args:
@@ -67,13 +68,14 @@ def _run(chain: Chain, args: argparse.Namespace) -> int:
     terminal = sys.stdout.isatty()
     # a log has no width: paths in its tables stay whole
     console = Console(markup=False, highlight=False, soft_wrap=not terminal, width=None if terminal else 1000)
-    stages = resolve(chain, _options(chain, args.dry_run))
+    stages = resolve(chain, _options(chain, args.dry_run or bool(chain.mistakes)))
+    chain.mistakes.extend(_unknown_stages(stages, args))
+    if chain.mistakes:
+        _validated(chain, stages, set())
     key_of = keys(stages)
     stages, again = _selected(stages, key_of, args)
     done = {stage.name for stage in stages if stage.name not in again and is_done(stage, key_of[stage.name])}
-    ready: dict[str, Any] = {}
-    if chain.mistakes or len(done) < len(stages):
-        ready = _validated(chain, stages, done)
+    ready = _validated(chain, stages, done) if len(done) < len(stages) else {}
     if args.dry_run:
         console.print(_plan(stages, key_of, done, again, ready))
         return 0
@@ -105,23 +107,28 @@ def _validated(chain: Chain, stages: list[Stage], done: set[str]) -> dict[str, A
 
     ready, wrong = validate(stages, done)
     mistakes = [*chain.mistakes, *wrong]
-    for stage in stages:
-        if record(stage.folder) is None and stage.folder.exists() and any(stage.folder.iterdir()):
-            mistakes.append(
-                f"stage {stage.name}: {stage.folder} is no stage of a chain: choose another output_dir or name"
-            )
+    mistakes += [
+        f"stage {stage.name}: {stage.folder} is no stage of a chain: choose another output_dir or name"
+        for stage in stages
+        if is_foreign(stage)
+    ]
     mistakes += full_disk([stage for stage in stages if stage.name not in done], chain.output_dir)
     if mistakes:
         raise Mistakes(*mistakes)
     return ready
 
 
-def _selected(stages: list[Stage], key_of: dict[str, str], args: argparse.Namespace) -> tuple[list[Stage], set[str]]:
-    """Return the stages up to `--to`, and the names of those that are done and that `--from` runs again."""
+def _unknown_stages(stages: list[Stage], args: argparse.Namespace) -> Iterator[str]:
+    """Yield a mistake for each option that names no stage."""
     names = [stage.name for stage in stages]
     for option, name in (("--from", args.first), ("--to", args.last)):
         if name is not None and name not in names:
-            raise Mistakes(f"{option} {name}: there is no such stage, there are {', '.join(names)}")
+            yield f"{option} {name}: there is no such stage, there are {', '.join(names)}"
+
+
+def _selected(stages: list[Stage], key_of: dict[str, str], args: argparse.Namespace) -> tuple[list[Stage], set[str]]:
+    """Return the stages up to `--to`, and the names of those that are done and that `--from` runs again."""
+    names = [stage.name for stage in stages]
     stages = stages[: names.index(args.last) + 1 if args.last else None]
     start = names.index(args.first) if args.first else 0
     if start >= len(stages):
@@ -144,7 +151,9 @@ def run_stage(stage: Stage, key: str, ready: Any, again: bool, console: Any) -> 
         console.print(f"  ended {orphans} process(es) that a killed chain had left behind")
     last = record(stage.folder)
     if last is not None and (again or last.key != key):
-        console.print(f"  the folder of the last run is now {move_aside(stage.folder)}")
+        kept = aside(stage.folder)
+        console.print(f"  the last run's folder {stage.folder} is kept as {kept}")
+        stage.folder.rename(kept)
         last = None
     now = last or Record(key)
     now.state, now.attempts, now.versions = "running", now.attempts + 1, _versions()
@@ -208,7 +217,7 @@ def _options(chain: Chain, dry: bool) -> dict[str, list[str]]:
 
     Asking the commands loads all of TRL, which would take seconds for a chain whose stages are all done.
     """
-    commands = {"merge", *(entry.command for entry in chain.entries)}
+    commands = {"merge", *(entry.command for entry in chain.entries if entry.command is not None)}
     file, versions = chain.output_dir / "options.json", _versions()
     try:
         kept = json.loads(file.read_text(encoding="utf-8"))
@@ -226,26 +235,25 @@ def _options(chain: Chain, dry: bool) -> dict[str, list[str]]:
 
 @contextmanager
 def _locked(folder: Path, dry: bool) -> Iterator[None]:
-    """Make a chain's folder and keep other chains out of it; a dry run does neither."""
+    """Make a chain's folder and keep other chains out of it; a dry run, or one with mistakes, does neither."""
     if dry:
         yield
         return
-    import fcntl  # Windows has none, and this module must load there for the other commands
-
     new = not folder.exists()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / ".lock").open("w")
-    except OSError as mistake:
-        raise Mistakes(f"output_dir {folder}: {mistake.strerror}") from None
-    with lock:
+    with ExitStack() as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise Mistakes(f"another chain runs in {folder}: wait for it, or choose another output_dir") from None
+            folder.mkdir(parents=True, exist_ok=True)
+            lock.enter_context(held(folder))
+        except OSError as mistake:
+            raise Mistakes(f"output_dir {folder}: {mistake.strerror}") from None
+        except Held as holder:
+            raise Mistakes(
+                f"another chain runs in {folder} ({holder}): wait for it, or choose another output_dir"
+            ) from None
         try:
             yield
         except Mistakes:
+            lock.close()
             if new:
                 shutil.rmtree(folder)  # nothing was started
             raise

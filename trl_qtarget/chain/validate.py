@@ -81,8 +81,8 @@ def _stage(stage: Stage, stages: list[Stage], done: set[str]) -> tuple[Ready, li
         given = {action.dest: copy.deepcopy(of_command.get_default(action.dest)) for action in of_command.actions}
         values, wrong = _values(of_command, checked_launch)
         mistakes += [*wrong, *_adapter_alone(stage, stages), *_wrong(stage.command, given, stand_ins.data())]
-        if not mistakes:  # else a wrong setting may be the missing one, misspelled
-            mistakes = _missing(stage.command, values)
+        if values and not any(line.startswith("unknown key") for line in mistakes):  # which may be the missing one
+            mistakes += _missing(stage.command, values)
     environment = plain(stage.settings.get("env"))
     flags = [word for word in launch if "=" not in word]
     settings |= dict(word[2:].split("=", 1) for word in launch if "=" in word)
@@ -113,6 +113,8 @@ class StandIns:
         if reference.path is None:
             return True
         name, inside = reference.path
+        if name not in self.stages:  # its command cannot be told
+            return True
         command = self.stages[name].command
         checkpoint = command != "merge" and inside.startswith("checkpoint-")
         return not inside or checkpoint or OUTPUT[command] != "model"

@@ -1,12 +1,13 @@
 """From a recipe to the `Run` whose memory is computed: models are made on the meta device, which takes no memory."""
 
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from peft import PeftModel, get_peft_model
+from accelerate.utils import is_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from trl import get_peft_config
 
@@ -72,27 +73,61 @@ def on_meta(name: str, revision: str | None, args: Any) -> PreTrainedModel:
     """Make a model on the meta device, of the architecture that its configuration names.
 
     Raises:
-        ValueError: the configuration cannot be read.
+        ValueError: the configuration cannot be read, or is not that of a causal language model.
     """
     trust = {"trust_remote_code": args.trust_remote_code}
     try:
         config = AutoConfig.from_pretrained(name, revision=revision or "main", **trust)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0].rstrip(".")
+    except Exception as error:  # a configuration checks itself, and may raise anything
         raise ValueError(
-            f"the configuration of {name!r} cannot be read ({reason}): check the name, or download it first."
+            f"the configuration of {name!r} cannot be read ({_first_line(error)}): check the name, or download it "
+            "first."
         ) from None
     architecture = getattr(transformers, (config.architectures or [""])[0], None)
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, **trust) if architecture is None else architecture(config)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, **trust) if architecture is None else architecture(config)
+    except Exception as error:  # a model's own code runs, and may raise anything
+        raise ValueError(
+            f"no model can be made from the configuration of {name!r} ({type(error).__name__}: {_first_line(error)})."
+        ) from None
+    if model.get_output_embeddings() is None or not model.can_generate():
+        raise ValueError(f"{name!r} is a {type(model).__name__}, which is no causal language model: give one.")
+    return model
 
 
 def with_adapters(model_args: Any, args: Any) -> Any:
-    """Make the student on the meta device with the recipe's adapters, as if the recipe set `use_peft`."""
+    """Make the student on the meta device with the recipe's adapters, as if the recipe set `use_peft`.
+
+    Raises:
+        ValueError: PEFT is not installed, or cannot put these adapters on the student.
+    """
+    if find_spec("peft") is None:
+        raise ValueError("use_peft: the package peft is not installed: pip install peft.")
+    from peft import get_peft_model
+
     model = on_meta(model_args.model_name_or_path, model_args.model_revision, args)
     config: Any = get_peft_config(replace(model_args, use_peft=True))
-    with torch.device("meta"):
-        return get_peft_model(model, config)
+    try:
+        with torch.device("meta"):
+            return get_peft_model(model, config)
+    except ValueError as error:
+        kind = type(model).__name__
+        if not model_args.lora_target_modules and not model_args.lora_target_parameters:
+            raise ValueError(
+                f"PEFT does not know where to put adapters in {kind}: pass --lora_target_modules all-linear, or the "
+                "names of its layers."
+            ) from None
+        raise ValueError(
+            f"PEFT cannot put these adapters on {kind} ({_first_line(error)}): change --lora_target_modules or what "
+            "the reason names."
+        ) from None
+
+
+def _first_line(error: Exception) -> str:
+    """Return the first line of an error's message, and the second one after a colon."""
+    first, _, rest = str(error).strip().partition("\n")
+    return f"{first} {rest.strip().partition(chr(10))[0]}".rstrip(".") if first.endswith(":") else first.rstrip(".")
 
 
 def size_of(model: Any, itemsize: int, quantized: float | None = None) -> Size:
@@ -102,9 +137,17 @@ def size_of(model: Any, itemsize: int, quantized: float | None = None) -> Size:
 
     Args:
         quantized: bytes of a weight of the frozen matrices, if they are quantized.
+
+    Raises:
+        ValueError: no formula covers the model's layers.
     """
     base, adapters = base_model(model), model is not base_model(model)
     text = base.config.get_text_config()
+    if not all(getattr(text, name, None) for name in ("hidden_size", "num_hidden_layers", "num_attention_heads")):
+        raise ValueError(
+            f"the plan has no formula for the layers of {type(base).__name__}, whose configuration has no attention "
+            "heads: measure a step of a short run instead."
+        )
     ends: Any = base.get_output_embeddings(), base.get_input_embeddings()
     head, embedding = (end.weight for end in ends)
     parameters = list(model.parameters())
@@ -183,11 +226,11 @@ def _teacher(args: Any, target: Target, student: Size, model: Any, itemsize: int
         return Teacher(student, student.trained * 4, compute, stands_apart=False, **options)
     options["offloaded"] = args.teacher_offload
     name, revision = args.teacher_model_name_or_path, args.teacher_model_revision
-    if name is None and isinstance(model, PeftModel):
+    if name is None and is_peft_model(model):
         return Teacher(student, 0, compute, stands_apart=False, **options)
     if name is None:
         return Teacher(student, student.parameters * itemsize, itemsize, is_reference=True, **options)
-    adapter = adapter_config(name, revision)
+    adapter = _adapter(name, revision)
     if adapter is not None and shares_base(model, name, args):
         before = sum(p.numel() for p in model.parameters())
         with torch.device("meta"):
@@ -200,6 +243,16 @@ def _teacher(args: Any, target: Target, student: Size, model: Any, itemsize: int
     given = (args.teacher_model_init_kwargs or {}).get("dtype", "bfloat16" if half else "float32")
     size = size_of(other, _itemsize(given, other))
     return Teacher(size, size.parameters * size.itemsize, size.itemsize, **options)
+
+
+def _adapter(name: str, revision: str | None) -> Any:
+    try:
+        return adapter_config(name, revision)
+    except ImportError:
+        raise ValueError(
+            f"teacher_model_name_or_path: {name} is an adapter, and the package peft is not installed: pip install "
+            "peft."
+        ) from None
 
 
 def _cached_ids(args: Any) -> int:

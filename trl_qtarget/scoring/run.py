@@ -1,23 +1,29 @@
 """A run of `trl-qtarget cache`: the sequences that a recipe makes of its data, and the teacher that scores them."""
 
+import contextlib
+import warnings
 from collections.abc import Iterator
 from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from datasets import Dataset
 from transformers import AutoConfig, AutoTokenizer
 
 from .. import compat
+from ..cache.dates import dated
 from ..cache.fingerprints import model_fingerprint, template_fingerprint, tokenizer_fingerprint
 from ..cache.reader import readable
 from ..cache.sequences import TokenSequence, by_name, dataset_sequences, row_sequences
 from ..cache.shards import Entry, Settings
 from ..data.known_ids import KnownIds
 from ..data.loading import load_splits
+from ..data.tokenized import check_tokenized
 from ..model.adapters import base_model
 from ..model.head import head_rows
 from ..teachers.loading import load_teacher
+from ..teachers.models import ReadModel
 from ..teachers.vocab import common_columns
 from ..training.checks import compare_tokenizers
 from ..training.trainer import TargetSFTTrainer
@@ -37,6 +43,16 @@ class Row(NamedTuple):
     labels: int
 
 
+class Teacher(ReadModel):
+    """The teacher of a cache, whole in each process: with sharded weights all ranks would have to score in step."""
+
+    def __init__(self, model: Any):
+        self.model = model
+
+    def active(self) -> contextlib.AbstractContextManager:
+        return contextlib.nullcontext()
+
+
 class CacheRun:
     """A recipe's prepared data, as the student's trainer would make it, and its teacher, ready to score.
 
@@ -51,23 +67,39 @@ class CacheRun:
         teacher = load_teacher(self.teacher_name, training_args)
         _only_prepare(training_args)
         train, evaluation = load_splits(script_args, training_args, dataset_args)
-        agreement = compare_tokenizers(
-            model_args.model_name_or_path, self.teacher_name, tokenizer, training_args, train
-        )
-        self.teacher_columns = head_rows(teacher)
-        shared, self.report = common_columns(agreement, len(tokenizer), student_columns, self.teacher_columns)
-        self.columns = student_columns if shared is None else shared
+        for name, dataset in (("train", train), ("eval", evaluation)):
+            check_tokenized(name, dataset)
+        names = model_args.model_name_or_path, self.teacher_name
+        clones = _clones_template(training_args)  # and adds its tokens to the student and its tokenizer
+        agreement = None if clones else compare_tokenizers(*names, tokenizer, training_args, train)
+        self.teacher_columns = head_rows(base_model(teacher))
         trainer = TargetSFTTrainer(
-            teacher, training_args, train_dataset=train, eval_dataset=evaluation, processing_class=tokenizer
+            base_model(teacher),
+            training_args,
+            train_dataset=train,
+            eval_dataset=evaluation,
+            processing_class=tokenizer,
         )
         self.tokenizer, self.accelerator = compat.tokenizer(trainer), trainer.accelerator
-        self.model = base_model(trainer.model).to(self.accelerator.device).eval()
+        if clones:  # the trainer has given the teacher as many rows as it will give the student
+            student_columns = head_rows(base_model(teacher))
+            agreement = compare_tokenizers(*names, self.tokenizer, training_args, train)
+        shared, self.report = common_columns(agreement, len(self.tokenizer), student_columns, self.teacher_columns)
+        self.columns = student_columns if shared is None else shared
+        self.model = teacher.to(self.accelerator.device).eval()
+        self._checked = False
         self.datasets = {
             name: dataset
             if isinstance(dataset, Dataset)
             else Dataset.from_list(list(dataset))  # a stream is read once
             for name, dataset in by_name(trainer.train_dataset, trainer.eval_dataset).items()
         }
+        self._warn_of_dates()
+
+    def _warn_of_dates(self) -> None:
+        some = [dataset[i]["input_ids"] for dataset in self.datasets.values() for i in range(min(len(dataset), 3))]
+        if self.accelerator.is_main_process and (cause := dated(self.tokenizer, some)):
+            warnings.warn(f"This cache will not serve a training on another day: {cause}.", stacklevel=3)
 
     def check_known_ids(self) -> None:
         """Check that the teacher knows every label of the data and can read every input.
@@ -81,11 +113,22 @@ class CacheRun:
 
     @cached_property
     def rows(self) -> dict[str, Row]:
-        """Every distinct sequence of the data, by its key."""
+        """Every distinct sequence of the data, by its key.
+
+        Raises:
+            ValueError: no row has a label.
+        """
         rows, quiet = {}, not self.accelerator.is_main_process
         for name, dataset in self.datasets.items():
             for key, number, part, sequence in dataset_sequences(dataset, name, disable=quiet):
                 rows.setdefault(key, Row(name, number, part, len(sequence.ids), sequence.labels))
+        if not rows:
+            cut = self.args.max_length
+            within = "" if cut is None else f" within max_length={cut}"
+            remedy = (
+                "Give data with completions" if cut is None else "Raise max_length, or set it to null to cut nothing"
+            )
+            raise ValueError(f"Nothing is left to learn from: no row has a label{within}. {remedy}.")
         return rows
 
     def sequence(self, key: str) -> TokenSequence:
@@ -93,7 +136,24 @@ class CacheRun:
         return row_sequences(self.datasets[row.dataset][row.number])[row.part]
 
     def score(self, keys: list[str]) -> list[Entry]:
-        return score(self.model, [self.sequence(key) for key in keys], self.k, self.columns)
+        """Score some rows; before the first ones, the way to read the teacher is compared with its own forward.
+
+        Raises:
+            ValueError: the teacher gives NaN, or hidden states times head are not its own log-probabilities.
+        """
+        entries = score(self.model, [self.sequence(key) for key in keys], self.k, self.columns)
+        for key, entry in zip(keys, entries, strict=True):
+            if any(np.isnan(part).any() for part in entry[1:]):
+                row = self.rows[key]
+                raise ValueError(
+                    f"The teacher {self.teacher_name} gives NaN on row {row.number} of the prepared {row.dataset} "
+                    'dataset: load it in another dtype, as with --teacher_model_init_kwargs \'{"dtype": "float32"}\'.'
+                )
+        if not self._checked:
+            longest = torch.from_numpy(self.sequence(self.by_length()[-1]).ids).long()[None]
+            Teacher(self.model).check(longest.to(self.accelerator.device), self.args.bf16 or self.args.fp16)
+            self._checked = True
+        return entries
 
     def by_length(self) -> list[str]:
         """The keys of all rows, shortest first."""
@@ -152,6 +212,12 @@ def _student(model_args: Any, training_args: Any) -> tuple[Any, int]:
     tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path, **options)
     config = AutoConfig.from_pretrained(model_args.model_name_or_path, **options)
     return tokenizer, config.get_text_config().vocab_size
+
+
+def _clones_template(training_args: Any) -> bool:
+    """Whether TRL copies the chat template of another tokenizer, and with it tokens that the student lacks."""
+    path = training_args.chat_template_path
+    return path is not None and not path.endswith((".jinja", ".j2"))
 
 
 def _only_prepare(training_args: Any) -> None:

@@ -37,9 +37,9 @@ def score(model: Any, batch: Sequence[TokenSequence], k: int, columns: int | Non
     attended = torch.arange(ids.shape[1]) < torch.tensor([[len(s.ids)] for s in batch])
     device = next(model.parameters()).device
     teacher = read_teacher(model, {"input_ids": ids.to(device), "attention_mask": attended.long().to(device)})
+    hidden = teacher.hidden[:, -ids.shape[1] :]  # without the virtual tokens that a prompt-tuned teacher has in front
     before = labelled[:, 1:].nonzero(as_tuple=True)  # the position that predicts a label is the one before it
-    at = tuple(x.to(teacher.hidden.device) for x in before)
-    at_labels = replace(teacher, hidden=teacher.hidden[at])
+    at_labels = replace(teacher, hidden=hidden[tuple(x.to(hidden.device) for x in before)])
     with gathered(at_labels.weight, at_labels.bias):
         columns = columns or len(at_labels.weight)
         parts = _entry_parts(at_labels, ids[labelled].to(device), min(k, columns), columns)

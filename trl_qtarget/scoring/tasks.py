@@ -2,6 +2,7 @@
 
 import random
 import time
+from contextlib import nullcontext
 from importlib.metadata import version
 
 import numpy as np
@@ -9,7 +10,7 @@ from tqdm import tqdm
 
 from ..cache.reader import TeacherCache, readable
 from ..cache.shards import Entry
-from ..cache.writer import CacheWriter
+from ..cache.writer import CacheWriter, alone
 from .run import CacheRun
 
 
@@ -44,8 +45,13 @@ def fill(run: CacheRun) -> int:
     """Score the rows that the cache lacks, each process its share of the shards, and return the number of these rows.
 
     Raises:
-        CacheError: the folder holds a cache of other settings, or other files.
+        CacheError: the folder holds a cache of other settings, or other files, or another run writes into it.
     """
+    with alone(run.folder) if run.accelerator.is_main_process else nullcontext():
+        return _fill(run)
+
+
+def _fill(run: CacheRun) -> int:
     accelerator, settings = run.accelerator, run.settings()
     quiet = not accelerator.is_main_process
     with accelerator.main_process_first():

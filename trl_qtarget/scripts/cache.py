@@ -24,7 +24,7 @@ import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..cache import MANIFEST
+from ..cache import foreign_file
 from ..options.parsing import StrictParser, fail
 from ..options.preflight import no_data, no_model
 from . import sft
@@ -79,7 +79,7 @@ def mistakes(script_args, training_args, model_args, dataset_args, cache_args) -
     }
     found += [f"nothing is given for --{option}" for option, value in needed.items() if value is None]
     folder = Path(training_args.teacher_cache or "")
-    if training_args.teacher_cache and folder.is_dir() and any(folder.iterdir()) and not (folder / MANIFEST).is_file():
+    if training_args.teacher_cache and foreign_file(folder) is not None:
         found.append(f"teacher_cache: {folder} is not empty and no teacher cache: choose another folder")
     return found + no_data(script_args, dataset_args)
 
