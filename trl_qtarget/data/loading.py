@@ -1,41 +1,114 @@
-"""Load the splits that the arguments of a recipe name."""
+"""Load the splits that the arguments of a recipe name, from the Hub, a folder, a file or `Dataset.save_to_disk`."""
 
 from __future__ import annotations
 
+import copy
+import json
 import warnings
+from pathlib import Path
 from typing import Any
 
 from .conversations import converse
+from .formats import wrong_columns, wrong_row, wrong_values
+
+
+BUILDERS = {  # of `datasets`, by the suffix of a file
+    ".json": "json",
+    ".jsonl": "json",
+    ".csv": "csv",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+}
 
 
 def load_splits(script_args, training_args, dataset_args) -> tuple[Any, Any]:
     """Load the training split, and the test split if the run evaluates, else None.
 
     Raises:
-        ValueError: the data has no split of that name, or its rows cannot be written as conversations.
+        ValueError: the data cannot be read, has no split of that name, or has rows that `sft` does not read; the
+            message names the data.
     """
-    data = _load_data(script_args, dataset_args)
-    evaluates = training_args.eval_strategy != "no"
-    return (
-        _split(data, "dataset_train_split", script_args),
-        _split(data, "dataset_test_split", script_args) if evaluates else None,
-    )
+    data, label = _load_data(script_args, dataset_args)
+    options = ["dataset_train_split", *(["dataset_test_split"] if training_args.eval_strategy != "no" else [])]
+    splits = [_split(data, option, script_args, label) for option in options]
+    if not (training_args.dataset_kwargs or {}).get("skip_prepare_dataset"):
+        for split, option in zip(splits, options, strict=True):
+            _check(split, f"{label}, split {getattr(script_args, option)!r},", training_args.dataset_text_field)
+    train, evaluation = [*splits, None][:2]
+    return train, evaluation
 
 
-def _load_data(script_args, dataset_args) -> Any:
-    """Load all splits of `dataset_name`, or of the mixture in `datasets`."""
+def load_arguments(path: str, **more: Any) -> dict[str, Any]:
+    """Return the arguments of `load_dataset` for a name of the Hub, a folder, a file, or a folder of `save_to_disk`.
+
+    `load_dataset` itself takes the first two only. A saved folder is read by its Arrow files rather than in place,
+    since rows that are processed in place leave their cache files in that folder.
+    """
+    folder = Path(path)
+    if folder.suffix in BUILDERS and folder.is_file():
+        return {"path": BUILDERS[folder.suffix], "data_files": path, **_given(more)}
+    files = _saved_files(folder)
+    return {"path": path, **more} if files is None else {"path": "arrow", "data_files": files, **_given(more)}
+
+
+def _given(more: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in more.items() if value is not None}
+
+
+def _saved_files(folder: Path) -> dict[str, list[str]] | None:
+    """Return the Arrow files of a folder that `save_to_disk` made, by split; None for any other folder."""
+    if (folder / "dataset_dict.json").is_file():
+        names = json.loads((folder / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
+        return {name: (_saved_files(folder / name) or {}).get("train", []) for name in names}
+    if not (folder / "state.json").is_file():
+        return None
+    files = json.loads((folder / "state.json").read_text(encoding="utf-8"))["_data_files"]
+    return {"train": [str(folder / file["filename"]) for file in files]}
+
+
+def reason(error: BaseException) -> str:
+    """Return why data cannot be read, in one line: the first line that says more than that something went wrong."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if lines and lines[0].startswith("An error occurred while generating the dataset"):
+        return lines[1] if len(lines) > 1 else reason(error.__cause__) if error.__cause__ else lines[0]
+    return lines[0] if lines else type(error).__name__
+
+
+def _load_data(script_args, dataset_args) -> tuple[Any, str]:
+    """Load all splits of `dataset_name`, or of the mixture in `datasets`, and say what the data is called.
+
+    Raises:
+        ValueError: the data cannot be read.
+    """
     from datasets import load_dataset
     from trl import get_dataset
 
-    if not dataset_args.datasets:
-        name, config = script_args.dataset_name, script_args.dataset_config
-        return load_dataset(name, name=config, streaming=script_args.dataset_streaming)
-    if script_args.dataset_name:
-        warnings.warn("`datasets` and `dataset_name` are both given: `datasets` is used.", stacklevel=2)
-    return get_dataset(dataset_args)
+    name, config = script_args.dataset_name, script_args.dataset_config
+    label = f"the data {name}"
+    if dataset_args.datasets:
+        if name:
+            warnings.warn("`datasets` and `dataset_name` are both given: `datasets` is used.", stacklevel=2)
+        label = f"the data {', '.join(str(entry.data_files or entry.path) for entry in dataset_args.datasets)}"
+    try:
+        if dataset_args.datasets:
+            return get_dataset(_readable(dataset_args)), label
+        return load_dataset(**load_arguments(name, name=config), streaming=script_args.dataset_streaming), label
+    except Exception as error:  # readers of a dozen formats raise what they like
+        raise ValueError(f"{label} cannot be read: {reason(error)}") from error
 
 
-def _split(data: Any, option: str, script_args) -> Any:
+def _readable(dataset_args) -> Any:
+    """Return a mixture whose entries `load_dataset` can read."""
+    mixture = copy.copy(dataset_args)
+    mixture.datasets = [copy.copy(entry) for entry in dataset_args.datasets]
+    for entry in mixture.datasets:
+        if entry.data_files is None and entry.data_dir is None:
+            for name, value in load_arguments(entry.path).items():
+                setattr(entry, name, value)
+    return mixture
+
+
+def _split(data: Any, option: str, script_args, label: str) -> Any:
     """Take the split that `option` names, and write its rows as conversations if the recipe says how."""
     name = getattr(script_args, option)
     if name not in data:
@@ -46,3 +119,20 @@ def _split(data: Any, option: str, script_args) -> Any:
     if script_args.dataset_conversation is None:
         return data[name]
     return converse(data[name], script_args.dataset_conversation)
+
+
+def _check(split: Any, label: str, text_field: str) -> None:
+    """Refuse data without rows, or with rows that `sft` does not read.
+
+    Raises:
+        ValueError: the message says what is wrong with which data.
+    """
+    try:
+        first = next(iter(split), None)
+    except Exception as error:  # a stream is read here for the first time
+        raise ValueError(f"{label} cannot be read: {reason(error)}") from error
+    if first is None:
+        raise ValueError(f"{label} has no rows.")
+    wrong = wrong_columns(list(first), text_field) or wrong_values(split, text_field) or wrong_row(first, text_field)
+    if wrong is not None:
+        raise ValueError(f"{label} {wrong}")
