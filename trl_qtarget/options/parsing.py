@@ -10,8 +10,11 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterable
+import traceback
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NoReturn, get_type_hints
 
 import yaml
@@ -36,6 +39,32 @@ def fail(prog: str, *mistakes: Any, code: int = 2) -> NoReturn:
         line = " ".join(str(mistake).split())
         print(f"{prog}: {re.sub(HUB_TOKEN, '***', line)}", file=sys.stderr)
     raise SystemExit(code)
+
+
+@contextmanager
+def reported(prog: str, debug: bool = False) -> Iterator[None]:
+    """Print a mistake of the user that the block raises in one line, and exit; other errors keep their traceback.
+
+    debug: mistakes keep their traceback too
+    """
+    try:
+        yield
+    except Exception as error:
+        if debug or not _is_mistake(error):
+            raise
+        fail(prog, error)
+
+
+def _is_mistake(error: Exception) -> bool:
+    """Whether an error is about what the user gave: settings, files, data, packages."""
+    from jinja2 import TemplateError
+    from safetensors import SafetensorError
+
+    if isinstance(error, ValueError | OSError | ImportError | TemplateError | SafetensorError):
+        return True
+    # TRL answers some mistakes in the data with a bare RuntimeError
+    raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
+    return type(error) is RuntimeError and "trl" in Path(raised_in).parts
 
 
 @dataclass(frozen=True)
@@ -111,8 +140,9 @@ class StrictParser(TrlParser):
         self._check_words(launch, left)
         try:
             *values, rest, _ = self.parse_args_into_dataclasses(args, True, look_for_args_file=False)
-        except ValueError as mistake:  # raised by the __post_init__ of a dataclass
-            self.error(str(mistake))
+        except Exception as mistake:  # the __post_init__ of a dataclass of another package raises what it likes
+            kind = "" if isinstance(mistake, ValueError | ImportError) else f"{type(mistake).__name__}: "
+            self.error(f"{kind}{mistake}")
         return Parsed(tuple(values), rest, sources, _without(args, left), [*launch, *left])
 
     def _check_words(self, launch: list[str], left: list[str]) -> None:

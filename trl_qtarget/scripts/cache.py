@@ -25,8 +25,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..cache import MANIFEST
-from ..options.parsing import StrictParser, fail
-from ..options.preflight import no_data, no_model
+from ..options.parsing import StrictParser, fail, reported
+from ..options.preflight import no_data, no_model, unreachable
 from . import sft
 
 
@@ -81,6 +81,8 @@ def mistakes(script_args, training_args, model_args, dataset_args, cache_args) -
     folder = Path(training_args.teacher_cache or "")
     if training_args.teacher_cache and folder.is_dir() and any(folder.iterdir()) and not (folder / MANIFEST).is_file():
         found.append(f"teacher_cache: {folder} is not empty and no teacher cache: choose another folder")
+    if training_args.teacher_cache and folder.is_file():
+        found.append(f"teacher_cache: {folder} is a file: choose another folder")
     return found + no_data(script_args, dataset_args)
 
 
@@ -88,7 +90,7 @@ def run() -> None:
     """Run one process of the scoring; a mistake of the user is one line and exit code 2."""
     warnings.filterwarnings("ignore", "`gradient_checkpointing` is deprecated", FutureWarning)
     parsed = make_parser().parse()
-    found = mistakes(*parsed.values)
+    found = mistakes(*parsed.values) or unreachable(*parsed.values[1:3], reads_teacher=True)
     if found:
         fail(PROG, *found)
     from ..scoring.run import CacheRun
@@ -96,12 +98,11 @@ def run() -> None:
 
     with tempfile.TemporaryDirectory() as unused:  # the trainer creates its output folder
         parsed.values[1].output_dir = unused
-        try:
-            perform(CacheRun(*parsed.values))
-        except CacheMismatch as mistake:
-            fail(PROG, mistake, code=1)
-        except (ValueError, OSError) as mistake:
-            fail(PROG, mistake)
+        with reported(PROG):
+            try:
+                perform(CacheRun(*parsed.values))
+            except CacheMismatch as mistake:
+                fail(PROG, mistake, code=1)
 
 
 def perform(cache_run) -> None:
@@ -110,6 +111,7 @@ def perform(cache_run) -> None:
 
     say = cache_run.accelerator.print
     say(cache_run.report)
+    sft.refuse_no_rows(cache_run.rows, cache_run.args)
     cache_run.check_known_ids()
     if cache_run.rounding_error is not None:
         say(f"float16 moves {cache_run.rounding_error:.1e} of the mass of a token")

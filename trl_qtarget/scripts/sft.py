@@ -47,14 +47,17 @@ trl-qtarget sft \
 import sys
 import warnings
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 from trl import ScriptArguments
 
 from ..data.loading import load_splits
+from ..files import no_empty_folder, whole_model
+from ..options import resuming
 from ..options.launching import accelerate_configs, make_launcher
-from ..options.parsing import StrictParser, fail
-from ..options.preflight import checkpoint, mistakes
+from ..options.parsing import StrictParser, fail, reported
+from ..options.preflight import mistakes, overwrites, unreachable
 
 
 PROG = "trl-qtarget sft"
@@ -93,11 +96,27 @@ class SFTScriptArguments(ConversationArguments):
 
 def main(script_args, training_args, model_args, dataset_args) -> None:
     """Make the trainer and train, with the arguments that the main function of TRL's script takes."""
-    train(make_trainer(script_args, training_args, model_args, dataset_args), script_args, training_args)
+    train(start(script_args, training_args, model_args, dataset_args), script_args, training_args)
+
+
+def start(*values):
+    """Make the trainer, and write what it trains with into `output_dir`; it is ready for its first step.
+
+    Raises:
+        ValueError: the data or a setting is wrong, or the run resumes from a checkpoint that was made with others.
+    """
+    settings = resuming.settings(*values)  # before the trainer works on the very objects
+    trainer = make_trainer(*values)
+    resuming.begin(trainer, settings, resuming.checkpoint(values[1], overwrites(*values[:2])))
+    return trainer
 
 
 def make_trainer(script_args, training_args, model_args, dataset_args):
-    """Load the data and make the trainer, as TRL's script does for `SFTTrainer`."""
+    """Load the data and make the trainer, as TRL's script does for `SFTTrainer`.
+
+    Raises:
+        ValueError: the data or a setting is wrong, or no row has anything to learn from.
+    """
     from trl import get_peft_config, get_quantization_config
 
     from ..training.trainer import TargetSFTTrainer
@@ -110,7 +129,7 @@ def make_trainer(script_args, training_args, model_args, dataset_args):
         **(training_args.model_init_kwargs or {}),
     }
     train_dataset, eval_dataset = load_splits(script_args, training_args, dataset_args)
-    return TargetSFTTrainer(
+    trainer = TargetSFTTrainer(
         model_args.model_name_or_path,
         training_args,
         train_dataset=train_dataset,
@@ -118,18 +137,59 @@ def make_trainer(script_args, training_args, model_args, dataset_args):
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )
+    refuse_no_rows(trainer.train_dataset, training_args)
+    return trainer
+
+
+def refuse_no_rows(prepared, training_args) -> None:
+    """Refuse prepared data without a row; TRL drops a row that truncation leaves without a label.
+
+    Raises:
+        ValueError: the message names the option that cut the rows.
+    """
+    if hasattr(prepared, "__len__") and len(prepared) == 0:
+        raise ValueError(
+            f"Nothing is left to learn from: no row has a label within max_length={training_args.max_length}. Raise "
+            "max_length, or set it to null to cut nothing."
+        )
 
 
 def train(trainer, script_args, training_args) -> None:
-    """Train, save the model, and push it to the Hub if asked to."""
-    trainer.train(resume_from_checkpoint=checkpoint(training_args))
-    trainer.save_model(training_args.output_dir)
+    """Train, save the model, and push it to the Hub if asked to.
+
+    Raises:
+        Unsaved: the trained model cannot be saved.
+    """
+    trainer.train(resume_from_checkpoint=resuming.checkpoint(training_args, overwrites(script_args, training_args)))
+    save(trainer, Path(training_args.output_dir))
     trainer.accelerator.print(f"Model saved to {training_args.output_dir}.")
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
         trainer.accelerator.print(f"Model pushed to https://huggingface.co/{trainer.hub_model_id}.")
     if hasattr(trainer, "end"):  # since Transformers 5.18; ends the trackers and the process group
         trainer.end()
+
+
+class Unsaved(RuntimeError):
+    """The trained model could not be written; the folder holds no part of it that counts as a model."""
+
+
+def save(trainer, folder: Path) -> None:
+    """Save the model into `folder` so that the folder holds all of it or no model, whenever the process is killed.
+
+    Raises:
+        Unsaved: the disk is full, or the folder cannot be written.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        with whole_model(folder, writes=trainer.args.should_save) as unfinished:
+            trainer.accelerator.wait_for_everyone()  # what a killed save has left is gone
+            trainer.save_model(str(unfinished), _internal_call=True)  # otherwise it is pushed to the Hub from there
+            trainer.accelerator.wait_for_everyone()  # the parts of all ranks are there
+    except (OSError, SafetensorError) as error:
+        raise Unsaved(f"the model is trained and cannot be saved in {folder}: {error}") from error
+    trainer.accelerator.wait_for_everyone()
 
 
 def make_parser(
@@ -177,19 +237,20 @@ def run() -> None:
     # a warning about TRL's own default, which the user did not choose
     warnings.filterwarnings("ignore", "`gradient_checkpointing` is deprecated", FutureWarning)
     parsed = make_parser().parse()
-    script_args, training_args, *_ = parsed.values
+    script_args, training_args, model_args, _ = parsed.values
     found = mistakes(*parsed.values)
     if len(parsed.own) < len(sys.argv) - 1:
         found.append("options of `accelerate launch` belong before the script; `trl-qtarget sft` takes them anywhere")
+    reads_teacher = training_args.teacher_cache is None and training_args.target().reads_model()
+    found = found or unreachable(training_args, model_args, reads_teacher)
     if found:
         fail(PROG, *found)
+    with reported(PROG, training_args.log_level == "debug"), no_empty_folder(Path(training_args.output_dir)):
+        trainer = start(*parsed.values)
     try:
-        trainer = make_trainer(*parsed.values)
-    except (ValueError, OSError, ImportError) as mistake:
-        if training_args.log_level == "debug":
-            raise
-        fail(PROG, mistake)
-    train(trainer, script_args, training_args)
+        train(trainer, script_args, training_args)
+    except Unsaved as failure:
+        fail(PROG, failure, code=1)
 
 
 if __name__ == "__main__":
