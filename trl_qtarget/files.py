@@ -113,6 +113,14 @@ def no_empty_folder(path: Path) -> Iterator[None]:
         raise
 
 
+def no_folder(path: Path) -> str | None:
+    """Say why `path` is no folder that can be written or made, None if it is one or can be made."""
+    there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    if not there.is_dir():
+        return f"{there} is a file"
+    return None if os.access(there, os.W_OK) else f"{there} is read-only"
+
+
 def holds_model(folder: Path) -> bool:
     """Whether the folder holds a finished model; checkpoints in folders below it do not count."""
     weights = [*folder.glob("*.safetensors"), *folder.glob("*model*.bin")]
