@@ -190,7 +190,7 @@ def test_checkpoints_of_the_last_step_are_no_start(start):
 
 def test_lines_about_a_run_that_cannot_be_resumed(start):
     Path("out").write_text("")
-    assert "trl-qtarget sft: output_dir: out is a file" in start()[1]
+    assert "trl-qtarget sft: output_dir out cannot be written: out is a file" in start()[1]
 
 
 # The save at the end

@@ -42,7 +42,7 @@ def fail(prog: str, *mistakes: Any, code: int = 2) -> NoReturn:
 
 
 @contextmanager
-def reported(prog: str, debug: bool = False) -> Iterator[None]:
+def reported(prog: str, debug: bool = False, code: int = 2) -> Iterator[None]:
     """Print a mistake of the user that the block raises in one line, and exit; other errors keep their traceback.
 
     debug: mistakes keep their traceback too
@@ -52,7 +52,7 @@ def reported(prog: str, debug: bool = False) -> Iterator[None]:
     except Exception as error:
         if debug or not _is_mistake(error):
             raise
-        fail(prog, error)
+        fail(prog, error, code=code)
 
 
 def _is_mistake(error: Exception) -> bool:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import user_code
-from ..files import holds_model, write_text
+from ..files import holds_model, no_folder, write_text
 
 
 RECORD = "qtarget_run.json"
@@ -97,8 +97,8 @@ def mistakes(training_args: Any, now: dict[str, Any], overwrites: bool) -> list[
     overwrites: whether a training that does not resume from the folder replaces what is in it
     """
     folder, given = Path(training_args.output_dir), given_checkpoint(training_args)
-    if folder.exists() and not folder.is_dir():
-        return [f"output_dir: {folder} is a file"]
+    if (reason := no_folder(folder)) is not None:
+        return [f"output_dir {folder} cannot be written: {reason}"]
     if isinstance(given, str) and not Path(given, "trainer_state.json").is_file():
         return [f"resume_from_checkpoint: {given} is no checkpoint (no trainer_state.json)"]
     complete = sorted(folder.glob("checkpoint-*/trainer_state.json"), key=lambda file: file.stat().st_mtime)
