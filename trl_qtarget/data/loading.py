@@ -66,11 +66,26 @@ def _saved_files(folder: Path) -> dict[str, list[str]] | None:
     return {"train": [str(folder / file["filename"]) for file in files]}
 
 
-def reason(error: BaseException) -> str:
-    """Return why data cannot be read, in one line: the first line that says more than that something went wrong."""
+def reason(error: BaseException, name: str | None = None) -> str:
+    """Return in one line why data cannot be read.
+
+    `datasets` wraps the error of a reader in one that only says that something went wrong.
+
+    name: the data set that was asked for, if it was a single one
+    """
+    while str(error).startswith("An error occurred while generating the dataset") and error.__cause__ is not None:
+        error = error.__cause__
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if lines and lines[0].startswith("An error occurred while generating the dataset"):
-        return lines[1] if len(lines) > 1 else reason(error.__cause__) if error.__cause__ else lines[0]
+    if type(error).__name__ in ("StopIteration", "SchemaInferenceError"):
+        return "it has no rows"
+    if lines and lines[0].startswith("Couldn't cast"):
+        return (
+            f"its files differ in their columns or in the form of a column ({' '.join(lines)[:200]}): keep them apart"
+        )
+    if name is not None and not Path(name).exists():
+        return f"there is no file or folder of that name here, and {lines[0] if lines else type(error).__name__}"
+    if name is not None and not any(file.suffix in BUILDERS for file in Path(name).rglob("*")):
+        return f"the folder holds no file that ends in {', '.join(BUILDERS)}"
     return lines[0] if lines else type(error).__name__
 
 
@@ -94,7 +109,8 @@ def _load_data(script_args, dataset_args) -> tuple[Any, str]:
             return get_dataset(_readable(dataset_args)), label
         return load_dataset(**load_arguments(name, name=config), streaming=script_args.dataset_streaming), label
     except Exception as error:  # readers of a dozen formats raise what they like
-        raise ValueError(f"{label} cannot be read: {reason(error)}") from error
+        only = name if not dataset_args.datasets else None
+        raise ValueError(f"{label} cannot be read: {reason(error, only)}") from error
 
 
 def _readable(dataset_args) -> Any:

@@ -11,6 +11,10 @@ from ..loss.backends import tiles_for
 from . import resuming
 
 
+LEAST = {
+    "learning_rate": 0, "max_length": 1, "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1, "dataloader_num_workers": 0,
+}  # fmt: skip
 TRACKERS = {  # values of report_to, and the module that each imports
     "azure_ml": "azureml", "clearml": "clearml", "codecarbon": "codecarbon", "comet_ml": "comet_ml",
     "dagshub": "dagshub", "dvclive": "dvclive", "flyte": "flytekit", "mlflow": "mlflow", "neptune": "neptune",
@@ -25,6 +29,8 @@ def mistakes(script_args, training_args, model_args, dataset_args) -> list[str]:
         *no_models(training_args, model_args),
         *no_data(script_args, dataset_args),
         *resuming.mistakes(training_args, now, overwrites(script_args, training_args)),
+        *out_of_range(training_args),
+        *no_template(training_args.chat_template_path),
         *no_tracker(training_args.report_to),
         *no_backend(training_args),
         *(no_package("use_peft", "peft") if model_args.use_peft else []),
@@ -34,6 +40,28 @@ def mistakes(script_args, training_args, model_args, dataset_args) -> list[str]:
 def overwrites(script_args, training_args) -> bool:
     """Whether the run was told to replace what is in `output_dir`; transformers 4 has that option itself."""
     return any(getattr(args, "overwrite_output_dir", False) for args in (script_args, training_args))
+
+
+def out_of_range(training_args) -> list[str]:
+    """Report numbers that transformers accepts, although training would cut other tokens, train nothing, or crash."""
+    found = [
+        f"{name} must be at least {least}, got {value}"
+        for name, least in LEAST.items()
+        if (value := getattr(training_args, name)) is not None and value < least
+    ]
+    if training_args.max_steps == 0:
+        found.append("max_steps must be at least 1, or -1 to train for num_train_epochs, got 0")
+    if training_args.max_steps < 0 and training_args.num_train_epochs <= 0:
+        found.append(f"num_train_epochs must be above 0, got {training_args.num_train_epochs}")
+    return found
+
+
+def no_template(name: str | None) -> list[str]:
+    """Report a chat template that is given as a file that does not exist."""
+    path = Path(name or "")
+    if name is None or path.exists() or not (is_path(name) or path.suffix in (".jinja", ".j2")):
+        return []
+    return [f"chat_template_path: there is no file or folder {name}{_nearest(name)}"]
 
 
 def no_tracker(report_to: list[str]) -> list[str]:
@@ -101,8 +129,15 @@ def no_model(option: str, name: str | None) -> list[str]:
         return [f"{option}: there is no folder {name}{_nearest(name)}"]
     if name is not None and folder.is_dir() and not any((folder / file).is_file() for file in CONFIGS):
         return [f"{option}: the folder {name} holds no model (no config.json)"]
+    if option == "model_name_or_path" and (folder / CONFIGS[0]).is_file() and not _has_tokenizer(folder):
+        return [f"{option}: the folder {name} holds no tokenizer: save the tokenizer into the same folder"]
     cut = cut_weights(folder) if name is not None and folder.is_dir() else None
     return [] if cut is None else [f"{option}: {cut}"]
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    """Whether the folder holds a tokenizer; without one transformers 5 makes one that knows no text."""
+    return any(any(folder.glob(pattern)) for pattern in ("*token*", "*vocab*", "*.model", "*.txt", "tekken*"))
 
 
 def _nearest(name: str) -> str:
@@ -120,11 +155,16 @@ def unreachable(training_args, model_args, reads_teacher: bool) -> list[str]:
     if reads_teacher:
         teacher, revision = training_args.teacher_model_name_or_path, training_args.teacher_model_revision
         found += no_hub_model("teacher_model_name_or_path", teacher, revision, training_args.teacher_model_init_kwargs)
+    template = training_args.chat_template_path
+    if template is not None and not Path(template).exists():
+        found += no_hub_model("chat_template_path", template, None, None, files=("tokenizer_config.json",))
     return found
 
 
-def no_hub_model(option: str, name: str | None, revision: str | None, init_kwargs: dict[str, Any] | None) -> list[str]:
-    """Report a name that is no folder and leads to no configuration on the Hub or in its local cache."""
+def no_hub_model(
+    option: str, name: str | None, revision: str | None, init_kwargs: dict[str, Any] | None, files=CONFIGS
+) -> list[str]:
+    """Report a name that is no folder and leads to none of the files on the Hub or in its local cache."""
     if name is None or Path(name).is_dir() or {"subfolder", "gguf_file"} & {*(init_kwargs or {})}:
         return []
     from huggingface_hub import errors, hf_hub_download
@@ -133,7 +173,7 @@ def no_hub_model(option: str, name: str | None, revision: str | None, init_kwarg
     where.setdefault("revision", revision)
     absent = f"there is no folder {name} here{_nearest(name)}, and no model of that name"
     problem = ""
-    for file in CONFIGS:
+    for file in files:
         try:
             hf_hub_download(name, file, **where)
             return []

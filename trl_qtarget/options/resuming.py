@@ -104,7 +104,7 @@ def mistakes(training_args: Any, now: dict[str, Any], overwrites: bool) -> list[
     complete = sorted(folder.glob("checkpoint-*/trainer_state.json"), key=lambda file: file.stat().st_mtime)
     if given is True and not complete:
         return [f"resume_from_checkpoint: output_dir {folder} holds no checkpoint; leave it out to start from scratch"]
-    elsewhere = isinstance(given, str) and Path(given).resolve().parent != folder.resolve()
+    elsewhere = isinstance(given, str) and not _is_in(given, folder)
     if given is None or elsewhere:
         if overwrites:
             return []
@@ -172,31 +172,39 @@ def _can_continue(checkpoint: Path) -> bool:
 # Before the first step
 
 
-def begin(trainer: Any, now: dict[str, Any], resumed: str | None) -> None:
-    """Compare the settings that only a trainer knows, and write the settings of the run into `output_dir`.
-
-    A run that starts from scratch, or from a checkpoint of another folder, removes the checkpoints that it replaces: a
-    later start would resume from them.
-
-    Raises:
-        ValueError: the run resumes, and its data or the rows of a step have changed.
-    """
-    folder, printed = Path(trainer.args.output_dir), trainer.accelerator.print
+def of_trainer(trainer: Any) -> dict[str, Any]:
+    """Return the settings that only a trainer knows: the rows of a step over all ranks, and the prepared data."""
     args = trainer.args
     rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    now = {**now, "rows of a step": rows, "fingerprint of the data": fingerprint(trainer.train_dataset)}
-    own = resumed is not None and Path(resumed).resolve().parent == folder.resolve()
-    changed = differences(record(Path(resumed).parent) or {}, now) if resumed is not None else ""
-    if own and changed:
+    return {"rows of a step": rows, "fingerprint of the data": fingerprint(trainer.train_dataset)}
+
+
+def compare(folder: Path, resumed: str | None, now: dict[str, Any]) -> str | None:
+    """Return the line that says which checkpoint a run resumes from, None for a run that starts from scratch.
+
+    Raises:
+        ValueError: the checkpoint is of this folder, and was made with other settings.
+    """
+    if resumed is None:
+        return None
+    changed = differences(record(Path(resumed).parent) or {}, now)
+    if changed and _is_in(resumed, folder):
         raise ValueError(f"{resumed} was made with other settings ({changed}): {_choices([])}.")
-    if resumed is not None:
-        printed(f"Resuming from {resumed}, made with {f'other settings: {changed}' if changed else 'these settings'}.")
-    trainer.accelerator.wait_for_everyone()  # every rank has looked at the folder
-    if not args.should_save:
-        return
-    for replaced in [] if own else folder.glob("checkpoint-*/trainer_state.json"):
+    return f"Resuming from {resumed}, made with {f'other settings: {changed}' if changed else 'these settings'}."
+
+
+def begin(folder: Path, resumed: str | None, now: dict[str, Any]) -> None:
+    """Write the settings of a run into its `output_dir`, and remove the checkpoints of a run that it replaces.
+
+    A later start would resume from checkpoints that are left.
+    """
+    for replaced in [] if _is_in(resumed, folder) else folder.glob("checkpoint-*/trainer_state.json"):
         shutil.rmtree(replaced.parent)
     write_text(folder / RECORD, json.dumps(now, indent=2, sort_keys=True) + "\n")
+
+
+def _is_in(checkpoint: str | None, folder: Path) -> bool:
+    return checkpoint is not None and Path(checkpoint).resolve().parent == folder.resolve()
 
 
 def fingerprint(dataset: Any) -> str:

@@ -56,7 +56,7 @@ from ..data.loading import load_splits
 from ..files import no_empty_folder, whole_model
 from ..options import resuming
 from ..options.launching import accelerate_configs, make_launcher
-from ..options.parsing import StrictParser, fail, reported
+from ..options.parsing import StrictParser, fail, is_own_sentence, mistake_of
 from ..options.preflight import mistakes, overwrites, unreachable
 
 
@@ -100,14 +100,31 @@ def main(script_args, training_args, model_args, dataset_args) -> None:
 
 
 def start(*values):
-    """Make the trainer, and write what it trains with into `output_dir`; it is ready for its first step.
+    """Make the trainer. At its first step it writes what it trains with into `output_dir`, and sets `began`.
 
     Raises:
         ValueError: the data or a setting is wrong, or the run resumes from a checkpoint that was made with others.
     """
+    from transformers import TrainerCallback
+
     settings = resuming.settings(*values)  # before the trainer works on the very objects
     trainer = make_trainer(*values)
-    resuming.begin(trainer, settings, resuming.checkpoint(values[1], overwrites(*values[:2])))
+    settings |= resuming.of_trainer(trainer)
+    folder = Path(trainer.args.output_dir)
+    resumed = resuming.checkpoint(values[1], overwrites(*values[:2]))
+    line = resuming.compare(folder, resumed, settings)
+    trainer.began = False
+
+    class Begin(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            if line is not None:
+                trainer.accelerator.print(line)
+            trainer.accelerator.wait_for_everyone()  # every rank has looked at the folder
+            if args.should_save:
+                resuming.begin(folder, resumed, settings)
+            trainer.began = True
+
+    trainer.add_callback(Begin())
     return trainer
 
 
@@ -245,12 +262,19 @@ def run() -> None:
     found = found or unreachable(training_args, model_args, reads_teacher)
     if found:
         fail(PROG, *found)
-    with reported(PROG, training_args.log_level == "debug"), no_empty_folder(Path(training_args.output_dir)):
-        trainer = start(*parsed.values)
+    debug, trainer = training_args.log_level == "debug", None
     try:
-        train(trainer, script_args, training_args)
+        with no_empty_folder(Path(training_args.output_dir)):
+            trainer = start(*parsed.values)
+            train(trainer, script_args, training_args)
     except Unsaved as failure:
         fail(PROG, failure, code=1)
+    except Exception as error:
+        began = trainer is not None and trainer.began
+        sentence = mistake_of(error) if not began else str(error) if is_own_sentence(error) else None
+        if debug or sentence is None:
+            raise
+        fail(PROG, sentence, code=1 if began else 2)
 
 
 if __name__ == "__main__":
