@@ -31,9 +31,10 @@ def load_splits(script_args, training_args, dataset_args) -> tuple[Any, Any]:
     data, label = _load_data(script_args, dataset_args)
     options = ["dataset_train_split", *(["dataset_test_split"] if training_args.eval_strategy != "no" else [])]
     splits = [_split(data, option, script_args, label) for option in options]
-    if not (training_args.dataset_kwargs or {}).get("skip_prepare_dataset"):
-        for split, option in zip(splits, options, strict=True):
-            _check(split, f"{label}, split {getattr(script_args, option)!r},", training_args.dataset_text_field)
+    prepared = (training_args.dataset_kwargs or {}).get("skip_prepare_dataset")
+    for split, option in zip(splits, options, strict=True):
+        text_field = None if prepared else training_args.dataset_text_field
+        _check(split, f"{label}, split {getattr(script_args, option)!r},", text_field)
     train, evaluation = [*splits, None][:2]
     return train, evaluation
 
@@ -137,8 +138,8 @@ def _split(data: Any, option: str, script_args, label: str) -> Any:
     return converse(data[name], script_args.dataset_conversation)
 
 
-def _check(split: Any, label: str, text_field: str) -> None:
-    """Refuse data without rows, or with rows that `sft` does not read.
+def _check(split: Any, label: str, text_field: str | None) -> None:
+    """Refuse data without rows, or with rows that `sft` does not read; without a text field any row is right.
 
     Raises:
         ValueError: the message says what is wrong with which data.
@@ -149,6 +150,8 @@ def _check(split: Any, label: str, text_field: str) -> None:
         raise ValueError(f"{label} cannot be read: {reason(error)}") from error
     if first is None:
         raise ValueError(f"{label} has no rows.")
+    if text_field is None:
+        return
     wrong = wrong_columns(list(first), text_field) or wrong_values(split, text_field) or wrong_row(first, text_field)
     if wrong is not None:
         raise ValueError(f"{label} {wrong}")

@@ -69,7 +69,7 @@ def examine(
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
         positions = context_length(name, trust_remote_code)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         first_line = str(error).strip().partition("\n")[0]
         raise ValueError(f"The model {name} cannot be read: {first_line}") from error
     prompts = [tokenize(tokenizer, name, i, problem) for i, problem in enumerate(problems)]

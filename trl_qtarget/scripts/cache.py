@@ -26,7 +26,7 @@ from pathlib import Path
 
 from ..cache import MANIFEST
 from ..options.parsing import StrictParser, fail, reported
-from ..options.preflight import no_data, no_model, unreachable
+from ..options.preflight import no_data, no_model, out_of_range, unreachable
 from . import sft
 
 
@@ -83,7 +83,7 @@ def mistakes(script_args, training_args, model_args, dataset_args, cache_args) -
         found.append(f"teacher_cache: {folder} is not empty and no teacher cache: choose another folder")
     if training_args.teacher_cache and folder.is_file():
         found.append(f"teacher_cache: {folder} is a file: choose another folder")
-    return found + no_data(script_args, dataset_args)
+    return [*found, *no_data(script_args, dataset_args), *out_of_range(training_args)]
 
 
 def run() -> None:
@@ -111,7 +111,6 @@ def perform(cache_run) -> None:
 
     say = cache_run.accelerator.print
     say(cache_run.report)
-    sft.refuse_no_rows(cache_run.rows, cache_run.args)
     cache_run.check_known_ids()
     if cache_run.rounding_error is not None:
         say(f"float16 moves {cache_run.rounding_error:.1e} of the mass of a token")

@@ -146,7 +146,7 @@ def make_trainer(script_args, training_args, model_args, dataset_args):
         **(training_args.model_init_kwargs or {}),
     }
     train_dataset, eval_dataset = load_splits(script_args, training_args, dataset_args)
-    trainer = TargetSFTTrainer(
+    return TargetSFTTrainer(
         model_args.model_name_or_path,
         training_args,
         train_dataset=train_dataset,
@@ -154,21 +154,6 @@ def make_trainer(script_args, training_args, model_args, dataset_args):
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
     )
-    refuse_no_rows(trainer.train_dataset, training_args)
-    return trainer
-
-
-def refuse_no_rows(prepared, training_args) -> None:
-    """Refuse prepared data without a row; TRL drops a row that truncation leaves without a label.
-
-    Raises:
-        ValueError: the message names the option that cut the rows.
-    """
-    if hasattr(prepared, "__len__") and len(prepared) == 0:
-        raise ValueError(
-            f"Nothing is left to learn from: no row has a label within max_length={training_args.max_length}. Raise "
-            "max_length, or set it to null to cut nothing."
-        )
 
 
 def train(trainer, script_args, training_args) -> None:
