@@ -54,6 +54,15 @@ def test_the_ways_to_give_data(load, saved, tmp_path, name, streaming):
     assert listed(tmp_path) == before
 
 
+def test_a_folder_with_the_name_of_a_reader_is_that_folder(load, saved, tmp_path):
+    """`datasets` would take the name for a reader, and read every file of the working directory with it."""
+    (tmp_path / "folder").rename(tmp_path / "text")
+    assert list(load("text")[0]) == saved
+    assert list(load(datasets=[DatasetConfig(path="text")])[0]) == saved
+    with pytest.raises(ValueError, match="json is a reader, and nothing says which files"):
+        load("json")
+
+
 def test_splits_of_a_saved_dictionary(load, saved):
     train, evaluation = load("several", evaluates=True)
     assert [*train, *evaluation] == saved

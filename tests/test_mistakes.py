@@ -111,6 +111,23 @@ DATA = of(
     ),
     ("--dataset_name gap", "the data gap, .* has 1 of 4 rows without a value for completion$"),
     ("--dataset_name empty_turns", "the data empty_turns, .* has 1 of 2 rows without a value for messages$"),
+    ("--dataset_name mute", "the data mute, .* has 1 messages in messages that have a role and nothing else"),
+    (
+        "--dataset_name ids_text",
+        "the data ids_text, .* has a row in which input_ids is not a list of whole numbers: 'a'$",
+    ),
+    ("--dataset_name ids_float", "the data ids_float, .* has a row in which input_ids is not a list of whole numbers"),
+    ("--dataset_name ids_below", "the data ids_below, .* has a row with a token id below 0: \\[1, -2\\]$"),
+    (
+        "--dataset_name labels_one",
+        "the data labels_one, .* has a row in which labels is not a list of whole numbers: 1$",
+    ),
+    ("--dataset_name labels_short", "the data labels_short, .* has a row with 3 input_ids and 2 labels$"),
+    ("--dataset_name tools", "not JSON \\(.*\\): '{bad'$"),
+    ("--dataset_name json", "the data json cannot be read: .*json is a reader, and nothing says which files"),
+    ("--dataset_config nope", "the data good cannot be read: BuilderConfig 'nope' not found"),
+    ("--dataset_name torn.parquet", "the data torn.parquet cannot be read: .*[Pp]arquet"),
+    ("--dataset_name header.csv", "the data header.csv.* has no rows"),
     ("--dataset_name void", "the data void cannot be read: the folder holds no file that ends in .json, .jsonl"),
     ("--dataset_name notes", "the data notes cannot be read: the folder holds no file that ends in .json, .jsonl"),
     ("--dataset_name zero", "the data zero cannot be read: it has no rows$"),
@@ -491,12 +508,21 @@ def _fill(tokenizer) -> None:
         "gap": [*good[:3], {"prompt": "a", "completion": None}],
         "empty_turns": [turns[0], {"messages": []}],
         "zero": [],
+        "mute": [turns[0], {"messages": [{"role": "user", "content": None}]}],
+        "ids_text": [{"input_ids": "a"}] * 4,
+        "ids_float": [{"input_ids": [1.5, 2]}] * 4,
+        "ids_below": [{"input_ids": [1, -2]}] * 4,
+        "labels_one": [{"input_ids": [1, 2, 3], "labels": 1}] * 4,
+        "labels_short": [{"input_ids": [1, 2, 3], "labels": [1, 2]}] * 4,
+        "tools": [{**turn, "tools": "{bad"} for turn in turns],
     }.items():
         lines(f"{name}/train.jsonl", rows)
     lines("two_files/a.jsonl", turns)
     lines("two_files/b.jsonl", good[:4])
     lines("problems.jsonl", [{"prompt": "1+1=", "answer": "2"}] * 3)
     Path("void").mkdir()
+    Path("torn.parquet").write_bytes(b"PAR1xx")
+    Path("header.csv").write_text("prompt,completion\n")
     lines("notes/readme.md", [])
     lines("torn/train.jsonl", [])
     Path("torn/train.jsonl").write_text('{"prompt": "a", "completion"\n')

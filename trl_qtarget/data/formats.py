@@ -35,7 +35,7 @@ def wrong_columns(columns: Collection[str], text_field: str) -> str | None:
 def wrong_row(row: Mapping[str, Any], text_field: str) -> str | None:
     """Describe why `sft` cannot read a row whose columns are right, as the end of a sentence; None if it can."""
     if "input_ids" in row:
-        return None
+        return _wrong_tokens(row)
     forms = {name: _form(row[name]) for name in EITHER if row.get(name) is not None}
     mixed = len(set(forms.values())) > 1
     if "prompt" in row:
@@ -57,8 +57,19 @@ def wrong_row(row: Mapping[str, Any], text_field: str) -> str | None:
     return None
 
 
+def _wrong_tokens(row: Mapping[str, Any]) -> str | None:
+    """Describe why a tokenized row cannot be read; None if it can."""
+    ids, labels = row["input_ids"], row.get("labels")
+    for name, value in (("input_ids", ids), ("labels", labels if labels is not None else ids)):
+        if not isinstance(value, list) or not all(type(number) is int for number in value):
+            return f"has a row in which {name} is not a list of whole numbers: {_short(value)}"
+    if labels is not None and len(labels) != len(ids):
+        return f"has a row with {len(ids)} input_ids and {len(labels)} labels"
+    return None if min(ids, default=0) >= 0 else f"has a row with a token id below 0: {_short(ids)}"
+
+
 def wrong_values(dataset: Any, text_field: str) -> str | None:
-    """Describe which column that `sft` reads has rows without a value, as the end of a sentence; None if none has.
+    """Describe what some rows lack in the columns that `sft` reads, as the end of a sentence; None if none lacks any.
 
     Such rows come from files of different form that are read as one data set. Streams are not searched.
     """
@@ -67,26 +78,49 @@ def wrong_values(dataset: Any, text_field: str) -> str | None:
     choices = (("input_ids",), ("prompt", "completion"), ("conversations",), ("messages",), (text_field,))
     read = next(choice for choice in choices if set(choice) <= set(dataset.column_names))
     for name in read:
-        missing = _missing(dataset, name)
+        column = dataset.select_columns([name]).with_format("arrow")[:][name]
+        missing, mute = _missing(column), _without_content(column)
         if missing:
             others = [other for other in (*EITHER, "conversations", text_field) if other in dataset.column_names]
             others = [other for other in others if other not in read]
             mixed = f", and it has the column {others[0]} too: keep data of different form apart" if others else ""
             return f"has {missing} of {dataset.num_rows} rows without a value for {name}{mixed}"
+        if mute:
+            return f"has {mute} messages in {name} that have a role and nothing else: a template would write None"
     return None
 
 
-def _missing(dataset: Any, name: str) -> int:
-    """Count the rows whose value in a column is missing or an empty list."""
+def _missing(column: Any) -> int:
+    """Count the values of an Arrow column that are missing or empty lists."""
     import pyarrow
     import pyarrow.compute
 
-    column = dataset.select_columns([name]).with_format("arrow")[:][name]
     empty = 0
     if pyarrow.types.is_list(column.type) or pyarrow.types.is_large_list(column.type):
         lengths = pyarrow.compute.list_value_length(column)
         empty = pyarrow.compute.sum(pyarrow.compute.equal(lengths, 0)).as_py() or 0
     return column.null_count + empty
+
+
+def _without_content(column: Any) -> int:
+    """Count the messages of an Arrow column that have nothing but a role; 0 for a column of another type."""
+    import pyarrow
+    import pyarrow.compute
+
+    kind = column.type
+    if not (pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind)) or not pyarrow.types.is_struct(
+        kind.value_type
+    ):
+        return 0
+    silent = 0
+    for chunk in column.chunks:
+        turns = chunk.flatten()
+        others = [field.name for field in turns.type if field.name not in ("role", "from")]
+        mute = pyarrow.array([True] * len(turns))
+        for name in others:
+            mute = pyarrow.compute.and_(mute, pyarrow.compute.is_null(pyarrow.compute.struct_field(turns, name)))
+        silent += pyarrow.compute.sum(mute).as_py() or 0
+    return silent
 
 
 def _form(value: Any) -> str | None:

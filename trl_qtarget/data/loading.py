@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ BUILDERS = {  # of `datasets`, by the suffix of a file
     ".parquet": "parquet",
     ".arrow": "arrow",
 }
+READERS = (*BUILDERS.values(), "text", "xml", "imagefolder", "audiofolder", "videofolder", "webdataset")
 
 
 def load_splits(script_args, training_args, dataset_args) -> tuple[Any, Any]:
@@ -42,14 +44,22 @@ def load_splits(script_args, training_args, dataset_args) -> tuple[Any, Any]:
 def load_arguments(path: str, **more: Any) -> dict[str, Any]:
     """Return the arguments of `load_dataset` for a name of the Hub, a folder, a file, or a folder of `save_to_disk`.
 
-    `load_dataset` itself takes the first two only. A saved folder is read by its Arrow files rather than in place,
-    since rows that are processed in place leave their cache files in that folder.
+    `load_dataset` itself takes the first two only, and takes a name such as `text` for a reader, which then reads all
+    of the working directory. A saved folder is read by its Arrow files rather than in place, since rows that are
+    processed in place leave their cache files in that folder.
+
+    Raises:
+        ValueError: the path is the name of a reader.
     """
     folder = Path(path)
+    if path in READERS and not folder.exists():
+        raise ValueError(f"{path} is a reader, and nothing says which files: set data_files in an entry of `datasets`")
     if folder.suffix in BUILDERS and folder.is_file():
         return {"path": BUILDERS[folder.suffix], "data_files": path, **_given(more)}
     files = _saved_files(folder)
-    return {"path": path, **more} if files is None else {"path": "arrow", "data_files": files, **_given(more)}
+    if files is not None:
+        return {"path": "arrow", "data_files": files, **_given(more)}
+    return {"path": os.path.join(".", path) if folder.is_dir() else path, **more}
 
 
 def _given(more: dict[str, Any]) -> dict[str, Any]:
@@ -77,7 +87,7 @@ def reason(error: BaseException, name: str | None = None) -> str:
     while str(error).startswith("An error occurred while generating the dataset") and error.__cause__ is not None:
         error = error.__cause__
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if type(error).__name__ in ("StopIteration", "SchemaInferenceError"):
+    if type(error).__name__ in ("StopIteration", "SchemaInferenceError") or "corresponds to no data" in str(error):
         return "it has no rows"
     if lines and lines[0].startswith("Couldn't cast"):
         return (
@@ -85,7 +95,7 @@ def reason(error: BaseException, name: str | None = None) -> str:
         )
     if name is not None and not Path(name).exists():
         return f"there is no file or folder of that name here, and {lines[0] if lines else type(error).__name__}"
-    if name is not None and not any(file.suffix in BUILDERS for file in Path(name).rglob("*")):
+    if name is not None and Path(name).is_dir() and not any(file.suffix in BUILDERS for file in Path(name).rglob("*")):
         return f"the folder holds no file that ends in {', '.join(BUILDERS)}"
     return lines[0] if lines else type(error).__name__
 

@@ -58,9 +58,13 @@ def mistake_of(error: Exception) -> str | None:
     from jinja2 import TemplateError
     from safetensors import SafetensorError
 
+    if isinstance(error, json.JSONDecodeError):
+        return f"not JSON ({error}): {error.doc[:80]!r}"
     if isinstance(error, TemplateError):
         return f"the chat template cannot write the data: {type(error).__name__}: {error}"
-    if isinstance(error, ValueError | OSError | ImportError | SafetensorError):
+    if isinstance(error, SafetensorError):
+        return f"the weights of a model cannot be read: {error}"
+    if isinstance(error, ValueError | OSError | ImportError):
         return str(error)
     of_keywords = isinstance(error, TypeError) and "unexpected keyword argument" in str(error)
     of_trl = type(error) is RuntimeError and "trl" in _raised_in(error).parts  # TRL's answer to mistakes in the data
