@@ -92,35 +92,40 @@ def wrong_values(dataset: Any, text_field: str) -> str | None:
 
 def _missing(column: Any) -> int:
     """Count the values of an Arrow column that are missing or empty lists."""
-    import pyarrow
-    import pyarrow.compute
-
     empty = 0
-    if pyarrow.types.is_list(column.type) or pyarrow.types.is_large_list(column.type):
-        lengths = pyarrow.compute.list_value_length(column)
-        empty = pyarrow.compute.sum(pyarrow.compute.equal(lengths, 0)).as_py() or 0
+    if _are_lists(column.type):
+        compute = _compute()
+        empty = compute.sum(compute.equal(compute.list_value_length(column), 0)).as_py() or 0
     return column.null_count + empty
 
 
 def _without_content(column: Any) -> int:
     """Count the messages of an Arrow column that have nothing but a role; 0 for a column of another type."""
     import pyarrow
-    import pyarrow.compute
 
-    kind = column.type
-    if not (pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind)) or not pyarrow.types.is_struct(
-        kind.value_type
-    ):
+    if not _are_lists(column.type) or not pyarrow.types.is_struct(column.type.value_type):
         return 0
-    silent = 0
+    compute, silent = _compute(), 0
     for chunk in column.chunks:
         turns = chunk.flatten()
-        others = [field.name for field in turns.type if field.name not in ("role", "from")]
         mute = pyarrow.array([True] * len(turns))
-        for name in others:
-            mute = pyarrow.compute.and_(mute, pyarrow.compute.is_null(pyarrow.compute.struct_field(turns, name)))
-        silent += pyarrow.compute.sum(mute).as_py() or 0
+        for name in (field.name for field in turns.type if field.name not in ("role", "from")):
+            mute = compute.and_(mute, compute.is_null(compute.struct_field(turns, name)))
+        silent += compute.sum(mute).as_py() or 0
     return silent
+
+
+def _are_lists(kind: Any) -> bool:
+    import pyarrow
+
+    return pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind)
+
+
+def _compute() -> Any:
+    """Return Arrow's functions, which Arrow makes at import, so that no type checker knows them."""
+    import pyarrow.compute
+
+    return pyarrow.compute
 
 
 def _form(value: Any) -> str | None:

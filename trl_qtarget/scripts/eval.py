@@ -100,6 +100,7 @@ def main(args: EvalArguments) -> list[Result]:
         fail(PROG, mistake)
     results: list[Result] = []
     baseline: list[Sample] | None = None
+    samples: list[Sample] = []
     for subject in subjects:
         with reported(PROG, code=1):
             result, samples = evaluate(args, subject, problems, verifier, baseline)

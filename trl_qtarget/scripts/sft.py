@@ -50,6 +50,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from transformers import TrainerCallback
 from trl import ScriptArguments
 
 from ..data.loading import load_splits
@@ -96,36 +97,43 @@ class SFTScriptArguments(ConversationArguments):
 
 def main(script_args, training_args, model_args, dataset_args) -> None:
     """Make the trainer and train, with the arguments that the main function of TRL's script takes."""
-    train(start(script_args, training_args, model_args, dataset_args), script_args, training_args)
+    trainer, _ = start(script_args, training_args, model_args, dataset_args)
+    train(trainer, script_args, training_args)
 
 
-def start(*values):
-    """Make the trainer. At its first step it writes what it trains with into `output_dir`, and sets `began`.
+class Beginning(TrainerCallback):
+    """The last moment before the first step: the settings of the run are written into its `output_dir`.
+
+    Before that moment nothing is in the folder, so that a mistake which shows while training is prepared leaves it as
+    it was.
+    """
+
+    def __init__(self, trainer, resumed: str | None, settings: dict[str, Any]):
+        self.accelerator, self.folder = trainer.accelerator, Path(trainer.args.output_dir)
+        self.resumed, self.settings = resumed, {**settings, **resuming.of_trainer(trainer)}
+        self.line = resuming.compare(self.folder, resumed, self.settings)
+        self.passed = False
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if self.line is not None:
+            self.accelerator.print(self.line)
+        self.accelerator.wait_for_everyone()  # every rank has looked at the folder
+        if args.should_save:
+            resuming.begin(self.folder, self.resumed, self.settings)
+        self.passed = True
+
+
+def start(*values) -> tuple[Any, Beginning]:
+    """Make the trainer, and the callback that knows whether its first step has begun.
 
     Raises:
         ValueError: the data or a setting is wrong, or the run resumes from a checkpoint that was made with others.
     """
-    from transformers import TrainerCallback
-
     settings = resuming.settings(*values)  # before the trainer works on the very objects
     trainer = make_trainer(*values)
-    settings |= resuming.of_trainer(trainer)
-    folder = Path(trainer.args.output_dir)
-    resumed = resuming.checkpoint(values[1], overwrites(*values[:2]))
-    line = resuming.compare(folder, resumed, settings)
-    trainer.began = False
-
-    class Begin(TrainerCallback):
-        def on_train_begin(self, args, state, control, **kwargs):
-            if line is not None:
-                trainer.accelerator.print(line)
-            trainer.accelerator.wait_for_everyone()  # every rank has looked at the folder
-            if args.should_save:
-                resuming.begin(folder, resumed, settings)
-            trainer.began = True
-
-    trainer.add_callback(Begin())
-    return trainer
+    beginning = Beginning(trainer, resuming.checkpoint(values[1], overwrites(*values[:2])), settings)
+    trainer.add_callback(beginning)
+    return trainer, beginning
 
 
 def make_trainer(script_args, training_args, model_args, dataset_args):
@@ -247,17 +255,17 @@ def run() -> None:
     found = found or unreachable(training_args, model_args, reads_teacher)
     if found:
         fail(PROG, *found)
-    debug, trainer = training_args.log_level == "debug", None
+    beginning = None
     try:
         with no_empty_folder(Path(training_args.output_dir)):
-            trainer = start(*parsed.values)
+            trainer, beginning = start(*parsed.values)
             train(trainer, script_args, training_args)
     except Unsaved as failure:
         fail(PROG, failure, code=1)
     except Exception as error:
-        began = trainer is not None and trainer.began
+        began = beginning is not None and beginning.passed
         sentence = mistake_of(error) if not began else str(error) if is_own_sentence(error) else None
-        if debug or sentence is None:
+        if training_args.log_level == "debug" or sentence is None:
             raise
         fail(PROG, sentence, code=1 if began else 2)
 
