@@ -13,6 +13,7 @@ import yaml
 from safetensors.torch import load_file
 
 import trl_qtarget
+from trl_qtarget.cli.main import main
 from trl_qtarget.files import cut_weights, holds_model, whole_model
 from trl_qtarget.options import resuming
 from trl_qtarget.scripts import sft
@@ -23,7 +24,7 @@ ROOT = Path(trl_qtarget.__file__).parents[1]
 
 
 @pytest.fixture
-def start(tmp_path, student_dir, rows, monkeypatch, capsys):
+def start(tmp_path, student_dir, rows, monkeypatch, capfd):
     """`start(*words, stop=None, **changes)` runs `sft` in this process, and returns its exit code and its output.
 
     stop: the update after which the process ends as if it was killed
@@ -68,7 +69,7 @@ def start(tmp_path, student_dir, rows, monkeypatch, capsys):
             code = ended.code
         except KeyboardInterrupt:
             code = 130
-        shown = capsys.readouterr()
+        shown = capfd.readouterr()
         return code, shown.out + shown.err
 
     return run
@@ -267,6 +268,26 @@ sft.run()
     assert "Resuming from out/checkpoint-4" in shown
     assert holds_model(tmp_path / "out")
     assert not (tmp_path / "out/.unfinished_model").exists()
+
+
+@pytest.mark.distributed
+def test_two_processes_resume_as_one(start, tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    start(stop=0)  # writes recipe.yaml
+    words = ["sft", "--config", "recipe.yaml", "--num_processes", "2", "--multi_gpu"]
+    assert main(words) == 0
+    capfd.readouterr()
+    for name in ("config.json", "model.safetensors"):  # as if the save at the end was killed
+        Path("out", name).unlink()
+    assert main(words) == 0
+    shown = capfd.readouterr().out
+    assert shown.count("Resuming from out/checkpoint-4, made with these settings.") == 1
+    assert steps(shown) == 1
+    assert holds_model(Path("out"))
+    Path("out/config.json").unlink()
+    assert main([*words, "--gradient_accumulation_steps", "2"]) == 2
+    assert capfd.readouterr().err.count("rows of a step was 4 and is 8") == 1
+    assert not holds_model(Path("out"))
 
 
 # Weights that are cut off
