@@ -27,6 +27,7 @@ def mistakes(script_args, training_args, model_args, dataset_args) -> list[str]:
     now = resuming.settings(script_args, training_args, model_args, dataset_args)
     return [
         *no_models(training_args, model_args),
+        *no_tokenizer(model_args.model_name_or_path),
         *no_data(script_args, dataset_args),
         *resuming.mistakes(training_args, now, overwrites(script_args, training_args)),
         *out_of_range(training_args),
@@ -129,15 +130,17 @@ def no_model(option: str, name: str | None) -> list[str]:
         return [f"{option}: there is no folder {name}{_nearest(name)}"]
     if name is not None and folder.is_dir() and not any((folder / file).is_file() for file in CONFIGS):
         return [f"{option}: the folder {name} holds no model (no config.json)"]
-    if option == "model_name_or_path" and (folder / CONFIGS[0]).is_file() and not _has_tokenizer(folder):
-        return [f"{option}: the folder {name} holds no tokenizer: save the tokenizer into the same folder"]
     cut = cut_weights(folder) if name is not None and folder.is_dir() else None
     return [] if cut is None else [f"{option}: {cut}"]
 
 
-def _has_tokenizer(folder: Path) -> bool:
-    """Whether the folder holds a tokenizer; without one transformers 5 makes one that knows no text."""
-    return any(any(folder.glob(pattern)) for pattern in ("*token*", "*vocab*", "*.model", "*.txt", "tekken*"))
+def no_tokenizer(name: str | None) -> list[str]:
+    """Report a student's folder without a tokenizer; transformers 5 would make one that knows no text."""
+    folder = Path(name or "")
+    patterns = ("*token*", "*vocab*", "*.model", "*.txt", "tekken*")
+    if name is None or not (folder / CONFIGS[0]).is_file() or any(any(folder.glob(pattern)) for pattern in patterns):
+        return []
+    return [f"model_name_or_path: the folder {name} holds no tokenizer: save the tokenizer into the same folder"]
 
 
 def _nearest(name: str) -> str:

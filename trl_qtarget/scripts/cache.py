@@ -26,7 +26,7 @@ from pathlib import Path
 
 from ..cache import MANIFEST
 from ..options.parsing import StrictParser, fail, reported
-from ..options.preflight import no_data, no_model, out_of_range, unreachable
+from ..options.preflight import no_data, no_model, no_tokenizer, out_of_range, unreachable
 from . import sft
 
 
@@ -71,6 +71,7 @@ def mistakes(script_args, training_args, model_args, dataset_args, cache_args) -
     found = [
         *no_model("model_name_or_path", model_args.model_name_or_path),
         *no_model("teacher_model_name_or_path", teacher),
+        *no_tokenizer(model_args.model_name_or_path),
     ]
     needed = {
         "model_name_or_path, whose tokenizer makes the rows": model_args.model_name_or_path,
