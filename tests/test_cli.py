@@ -428,9 +428,8 @@ def test_names_of_the_hub_are_not_taken_for_folders(recipe, launched):
 def test_finished_models_are_not_overwritten(recipe, refused, launched, names):
     config = recipe()
     Path("out/checkpoint-1").mkdir(parents=True)
-    Path("out/checkpoint-1/trainer_state.json").write_text("{}")
-    assert main(["sft", "--config", config]) == 0  # checkpoints alone are no finished model
-    launched.clear()
+    for name in ("trainer_state.json", "optimizer.pt"):
+        Path("out/checkpoint-1", name).write_text("{}")
     for name in names:
         Path("out", name).write_text("{}")
     (line,) = refused("--config", config)

@@ -587,9 +587,44 @@ def test_no_pair(folders, dataset, tmp_path, capsys, monkeypatch, verdict, token
     words = ["--model_name_or_path", folders[0], "--dataset", dataset, "--k", "2", "--max_new_tokens", tokens]
     with pytest.raises(SystemExit) as stop:
         main(parse(*words, "--verifier", f"{file}:always", "--pairs", "1", "--output_dir", str(tmp_path / "out")))
-    assert stop.value.code == 2
-    assert said in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
+    assert stop.value.code == 1
+    shown = capsys.readouterr()
+    assert said in shown.err
+    assert "Average@2" in shown.out
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["results.json", "samples-base.jsonl"]
+    assert len((tmp_path / "out" / "samples-base.jsonl").read_text().splitlines()) == 8 * 3
+
+
+def test_no_pair_removes_those_of_the_results_that_are_replaced(folders, dataset, tmp_path):
+    file, out = tmp_path / "verify.py", tmp_path / "out"
+    words = ["--model_name_or_path", folders[0], "--dataset", dataset, "--k", "2", "--max_new_tokens", "4"]
+    words += ["--verifier", f"{file}:always", "--pairs", "1", "--output_dir", str(out), "--overwrite"]
+    file.write_text("def always(completion, answer, row):\n    return 1\n")
+    out.mkdir()
+    (out / "pairs.jsonl").write_text("{}\n")
+    with pytest.raises(SystemExit):
+        main(parse(*words))
+    assert not (out / "pairs.jsonl").exists()
+
+
+def test_a_failing_verifier_loses_no_sample_that_it_has_scored(folders, dataset, tmp_path, capsys):
+    file, out = tmp_path / "verify.py", tmp_path / "out"
+    file.write_text(
+        "calls = []\ndef tired(completion, answer, row):\n    calls.append(1)\n"
+        "    if len(calls) == 30:\n        raise KeyError('tired')\n    return 1\n"
+    )
+    words = ["--model_name_or_path", *folders, "--dataset", dataset, "--k", "2", "--max_new_tokens", "4"]
+    with pytest.raises(SystemExit) as stop:
+        main(parse(*words, "--verifier", f"{file}:tired", "--output_dir", str(out), "--batch_size", "8"))
+    assert stop.value.code == 1
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("trl-qtarget")]
+    assert said == [
+        f"trl-qtarget eval: Verifier {file}:tired raised KeyError: 'tired' (line 5 of {file}). The 5 samples scored "
+        f"before are in {out / 'samples-tuned.jsonl'}."
+    ]
+    assert len(json.loads((out / "results.json").read_text())["results"]) == 1
+    assert len((out / "samples-base.jsonl").read_text().splitlines()) == 24
+    assert len((out / "samples-tuned.jsonl").read_text().splitlines()) == 5
 
 
 def test_messages(student_dir, tokenizer, rows, tmp_path):

@@ -4,6 +4,7 @@ import importlib
 import math
 import sys
 from dataclasses import dataclass, replace
+from functools import partial
 
 import compare
 import pytest
@@ -15,7 +16,9 @@ from published import PUBLISHED, Extra, log_p_of
 from torch import Tensor
 
 from trl_qtarget import PRESETS, Residual, Target, build, induced_target, preset, reference_loss
+from trl_qtarget.theory.presets import find_preset
 from trl_qtarget.theory.reference import dense_tokens
+from trl_qtarget.theory.registry import Share
 
 
 # Beside the defaults, which are always tested. `eta=0` is not here: there we report dft's value, see the identities.
@@ -545,3 +548,88 @@ def test_trusting_raises_a_floor_and_believes_some_labels_fully():
     expected = rows.p_y.clamp(min=0.2)
     expected[-2:] = 1
     torch.testing.assert_close(gamma, expected)
+
+
+TAKEN: dict = {}
+
+
+def hinted(
+    number: float = 1.0,
+    count: int = 1,
+    on: bool = False,
+    word: str = "x",
+    maybe: float | None = None,
+    share: Share | None = None,
+    several: list[int] | None = None,
+    bare=None,
+) -> Target:
+    TAKEN.update(locals())
+    return Target()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "taken"),
+    [
+        ("number", "1e-3", 1e-3),
+        ("number", 2, 2.0),
+        ("count", "7", 7),
+        ("count", 7.0, 7),
+        ("on", True, True),
+        ("on", "true", True),
+        ("on", "False", False),
+        ("word", "1e-3", "1e-3"),
+        ("word", 5, "5"),
+        ("maybe", "1e-3", 1e-3),
+        ("maybe", None, None),
+        ("share", "0.5", 0.5),
+        ("share", None, None),
+        ("several", ["1"], ["1"]),
+        ("bare", "1e-3", "1e-3"),
+    ],
+)
+def test_values_are_converted_by_the_plain_hints_of_a_users_loss(name, value, taken):
+    build(hinted, **{name: value})
+    assert TAKEN[name] == taken
+    assert type(TAKEN[name]) is type(taken)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("number", "fast", "needs a number for number, got 'fast'"),
+        ("number", True, "needs a number for number, got True"),
+        ("number", None, "needs a number for number, got None"),
+        ("number", [1], r"needs a number for number, got \[1\]"),
+        ("count", "2.5", "needs a whole number for count, got '2.5'"),
+        ("count", 2.5, "needs a whole number for count, got 2.5"),
+        ("count", True, "needs a whole number for count, got True"),
+        ("count", float("inf"), "needs a whole number for count, got inf"),
+        ("on", "maybe", "needs true or false for on, got 'maybe'"),
+        ("on", 1, "needs true or false for on, got 1"),
+        ("word", False, "needs a text for word, got False"),
+        ("word", ["a"], r"needs a text for word, got \['a'\]"),
+        ("maybe", "x", "needs a number for maybe, got 'x'"),
+        ("share", 2, "needs 0 <= share <= 1, got 2"),
+        ("speed", 1, "takes number, count, on, word, maybe, share, several, bare, not speed"),
+    ],
+)
+def test_values_that_are_not_of_the_plain_hint_are_refused(name, value, said):
+    with pytest.raises(ValueError, match=f"^Loss 'hinted' {said}"):
+        build(hinted, **{name: value})
+
+
+def test_functions_and_targets_are_losses():
+    target = Target(trust=0.5)
+    assert build(target) is target
+    assert build(lambda trust=0.5: Target(trust=trust), trust=0.25).trust == 0.25
+    assert build(partial(hinted, number=2), count="3") == Target()
+    assert (TAKEN["number"], TAKEN["count"]) == (2, 3)
+    assert find_preset(PRESETS["dft"].make) is PRESETS["dft"]
+    for loss, kwargs, said in (
+        (target, {"eta": 1}, "A Target takes no arguments, got eta"),
+        (3, {}, "A loss is a name, a function that returns a Target, or a Target, got 3"),
+        (lambda: 3, {}, "must return a Target, it returned int"),
+        (lambda: 1 / 0, {}, r"<lambda>' raised ZeroDivisionError: division by zero \(line \d+ of .*test_presets.py\)"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            build(loss, **kwargs)

@@ -90,8 +90,28 @@ def test_the_same_reason_is_given(find):
 @pytest.mark.parametrize("find", [build, find_verifier])
 @pytest.mark.parametrize("source", ["my_broken", "my_broken.py"])
 def test_an_error_of_the_users_own_code_is_not_hidden(find, source):
-    with pytest.raises(ModuleNotFoundError, match="no_module_of_that_name"):
+    said = (
+        rf"importing {source} failed with ModuleNotFoundError: .*no_module_of_that_name.* \(line 1 of .*my_broken.py\)"
+    )
+    with pytest.raises(ValueError, match=said) as refused:
         find(f"{source}:both")
+    assert isinstance(refused.value.__cause__, ModuleNotFoundError)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("import sys\nsys.exit(3)\n", r"SystemExit: 3 \(line 2 of "),
+        ("def f(:\n", r"SyntaxError: .* \(line 1 of "),
+        ("import json\n\njson.loads('{')\n", r"JSONDecodeError: .* \(line 3 of "),
+        ("raise KeyboardInterruption\n", r"NameError: .* \(line 1 of "),
+    ],
+)
+@pytest.mark.parametrize("find", [build, find_verifier])
+def test_the_line_of_the_users_file_is_named(find, text, said, work):
+    (work / "my_failing.py").write_text(text)
+    with pytest.raises(ValueError, match=f"failed with {said}.*my_failing.py"):
+        find("my_failing.py:both")
 
 
 def test_a_file_is_executed_once():

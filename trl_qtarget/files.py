@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import shutil
+import struct
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 
+CONFIGS = ("config.json", "adapter_config.json")  # a folder with one of these and weights is a model
 TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}\.tmp")  # names of unfinished files and folders, which a killed run leaves
 
 
@@ -65,6 +68,93 @@ def whole_folder(path: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
+
+
+@contextlib.contextmanager
+def whole_model(folder: Path, writes: bool) -> Iterator[Path]:
+    """Yield a subfolder to save a model into; its files move up into `folder` when the block ends without an error.
+
+    `folder` may hold other files, such as checkpoints, which stay. The files of a model that is there are removed
+    first, and the configuration of the new one comes last: at no time does the folder hold parts of a model that count
+    as a whole one.
+
+    writes: whether this process moves the files; several processes may save into the subfolder, one moves
+    """
+    unfinished = folder / ".unfinished_model"
+    if writes:
+        shutil.rmtree(unfinished, ignore_errors=True)  # of a save that was killed
+    try:
+        yield unfinished
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+    if not writes or not unfinished.is_dir():
+        return
+    old = [folder / name for name in CONFIGS]
+    for file in [*old, *folder.glob("*.safetensors*"), *folder.glob("*model*.bin*")]:
+        file.unlink(missing_ok=True)
+    for path in sorted(unfinished.iterdir(), key=lambda path: path.name in CONFIGS):
+        if path.is_dir():
+            shutil.rmtree(folder / path.name, ignore_errors=True)
+        path.replace(folder / path.name)
+    unfinished.rmdir()
+
+
+@contextlib.contextmanager
+def no_empty_folder(path: Path) -> Iterator[None]:
+    """Remove `path`, and the folders above it, if the block makes them and then fails with nothing in them."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    try:
+        yield
+    except BaseException:
+        for folder in missing:
+            with contextlib.suppress(OSError):  # something is in it
+                folder.rmdir()
+        raise
+
+
+def no_folder(path: Path) -> str | None:
+    """Say why `path` is no folder that can be written or made, None if it is one or can be made."""
+    there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    if not there.is_dir():
+        return f"{there} is a file"
+    return None if os.access(there, os.W_OK) else f"{there} is read-only"
+
+
+def holds_model(folder: Path) -> bool:
+    """Whether the folder holds a finished model; checkpoints in folders below it do not count."""
+    weights = [*folder.glob("*.safetensors"), *folder.glob("*model*.bin")]
+    return bool(weights) and any((folder / file).is_file() for file in CONFIGS)
+
+
+def cut_weights(folder: Path) -> str | None:
+    """Describe a weights file of the folder that is missing or shorter than its header says; None if all are whole.
+
+    An interrupted copy or download leaves such a file, and a loader would say only that it is invalid.
+    """
+    for file in sorted(folder.glob("*.safetensors")):
+        size = file.stat().st_size
+        try:
+            with open(file, "rb") as opened:
+                (length,) = struct.unpack("<Q", opened.read(8))
+                header = json.loads(opened.read(length) if length <= size else b"")
+            needed = (
+                8 + length + max((t["data_offsets"][1] for n, t in header.items() if n != "__metadata__"), default=0)
+            )
+        except (struct.error, ValueError, LookupError, TypeError, AttributeError):
+            return f"{file} is cut off or no safetensors file ({size} bytes)"
+        if size < needed:
+            return f"{file} is cut off: {size} of {needed} bytes are there"
+    return next((f"{file} is missing" for file in _shards(folder) if not file.is_file()), None)
+
+
+def _shards(folder: Path) -> list[Path]:
+    """Return the weights files that an index in the folder names."""
+    try:
+        index = json.loads((folder / "model.safetensors.index.json").read_text(encoding="utf-8"))
+        return [folder / name for name in sorted(set(index["weight_map"].values()))]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return []
 
 
 def is_path(name: str) -> bool:

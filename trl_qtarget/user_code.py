@@ -10,6 +10,7 @@ import importlib
 import importlib.util
 import os
 import sys
+import traceback
 import zlib
 from importlib.machinery import PathFinder
 from pathlib import Path
@@ -98,3 +99,19 @@ def file_of(source: str) -> Path | None:
     if path is None or not path.is_file() or {"site-packages", "dist-packages"} & {*path.parts}:
         return None
     return path
+
+
+def told(error: BaseException, file: str | Path | None) -> str:
+    """Describe an error of the user's code in one line: type, message, and the last line of `file` that it passed.
+
+    Without a file, or if the error did not pass it, the line is the one that raised the error.
+    """
+    own = Path(file).resolve() if file is not None else None
+    frames = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
+    if isinstance(error, SyntaxError) and error.filename is not None:
+        frames.append((error.filename, error.lineno))
+    inside = [frame for frame in frames if own is not None and Path(frame[0]).resolve() == own]
+    name, line = (inside or frames or [("", None)])[-1]
+    message = error.msg if isinstance(error, SyntaxError) else str(error)
+    where = f" (line {line} of {name})" if line is not None else ""
+    return f"{type(error).__name__}{f': {message}' if message else ''}{where}"

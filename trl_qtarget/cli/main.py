@@ -6,6 +6,7 @@ This module imports no torch, so that help and the table of losses are shown at 
 import argparse
 import inspect
 import json
+import os
 import subprocess
 import sys
 import warnings
@@ -21,7 +22,18 @@ PROG = "trl-qtarget"
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line, and return its exit code."""
+    """Run the command line, and return its exit code; 1 if the reader of its output, such as `head`, has ended."""
+    try:
+        try:
+            return _run(argv)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes when it ends
+        return 1
+
+
+def _run(argv: list[str] | None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     command = argv[0] if argv else None
     if command in COMMANDS:

@@ -21,6 +21,7 @@ NAMES: dict[str, dict[str, tuple[str, ...]]] = {
         "transformers:Trainer._save_checkpoint": ("self", "model", "trial"),
         "transformers:Trainer.evaluate": ("self", "eval_dataset", "ignore_keys", "metric_key_prefix"),
         "transformers:Trainer.get_batch_samples": ("self", "epoch_iterator", "num_batches", "device"),
+        "transformers:TrainerCallback.on_train_begin": ("self", "args", "state", "control"),
         "trl:SFTTrainer._prepare_dataset": (
             "self", "dataset", "processing_class", "args", "packing", "formatting_func", "dataset_name",
         ),

@@ -1,4 +1,4 @@
 """Average@k: problems and verifiers, models and their samples, the report, and preference pairs for DPO.
 
-May import `files` and `user_code`.
+May import `data`, `files` and `user_code`.
 """

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..files import is_path
+from ..data.prompts import prompt_ids
+from ..files import CONFIGS, cut_weights, is_path
 from .problems import Problem
 
 
@@ -42,12 +43,15 @@ def check_folder(name: str) -> None:
         if is_path(name):
             raise ValueError(f"The model folder {name} does not exist.")
         return
-    if not any((folder / file).is_file() for file in ("config.json", "adapter_config.json")):
+    if not any((folder / file).is_file() for file in CONFIGS):
         inside = sorted(file.parent.name for file in folder.glob("*/config.json"))
         hint = f" {folder / inside[-1]} does." if inside else ""
         raise ValueError(f"The folder {name} holds no model (no config.json).{hint}")
     if not any(folder.glob("*.safetensors")):
         raise ValueError(f"The folder {name} holds no *.safetensors, and no other format of weights is read.")
+    cut = cut_weights(folder)
+    if cut is not None:
+        raise ValueError(f"The weights of the model {name} cannot be read: {cut}.")
 
 
 def examine(
@@ -65,10 +69,10 @@ def examine(
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
         positions = context_length(name, trust_remote_code)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         first_line = str(error).strip().partition("\n")[0]
         raise ValueError(f"The model {name} cannot be read: {first_line}") from error
-    prompts = [tokenize(tokenizer, name, i, problem.prompt) for i, problem in enumerate(problems)]
+    prompts = [tokenize(tokenizer, name, i, problem) for i, problem in enumerate(problems)]
     longest = max(map(len, prompts))
     if positions is not None and longest + max_new_tokens > positions:
         raise ValueError(
@@ -90,18 +94,21 @@ def context_length(name: str, trust_remote_code: bool) -> int | None:
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
-def tokenize(tokenizer, name: str, i: int, prompt: str | list[dict]) -> list[int]:
-    """Tokenize a prompt as the trainer does: a text unchanged, messages with the template's generation prompt.
+def tokenize(tokenizer, name: str, i: int, problem: Problem) -> list[int]:
+    """Tokenize the prompt of row `i` as the trainer does; messages end with the template's generation prompt.
 
     Raises:
-        ValueError: the prompt is empty, or consists of messages and the tokenizer has no chat template.
+        ValueError: the prompt is empty, or consists of messages and the tokenizer's chat template is missing or
+            refuses them.
     """
-    if isinstance(prompt, str):
-        ids = tokenizer(prompt)["input_ids"]
-    elif tokenizer.chat_template is None:
+    from jinja2 import TemplateError
+
+    if not isinstance(problem.prompt, str) and tokenizer.chat_template is None:
         raise ValueError(f"The prompts are messages, and the model {name} has no chat template to write them with.")
-    else:
-        ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
+    try:
+        ids = prompt_ids(tokenizer, problem.prompt, problem.row)
+    except TemplateError as error:
+        raise ValueError(f"The chat template of {name} refuses the prompt of row {i}: {error}") from error
     if not ids:
         raise ValueError(f"The prompt of row {i} is empty in the tokens of {name}.")
     return ids

@@ -37,6 +37,9 @@ def find_verifier(name: str) -> Verifier:
         raise ValueError(
             f"Unknown verifier {name!r}: {reason}. Give my_module:function, or path/to/file.py:function for a file."
         ) from None
+    except (Exception, SystemExit) as error:  # the module's own code runs
+        raised = user_code.told(error, user_code.file_of(source))
+        raise ValueError(f"Verifier {name!r}: importing {source} failed with {raised}") from error
     made = getattr(module, function, None)
     if not callable(made):
         raise ValueError(f"{source} has no function {function!r}.")
@@ -93,7 +96,11 @@ def checked(name: str, function: Callable[..., Any]) -> Verifier:
         raise ValueError(f"Verifier {name} must take (completion, answer, row): {error}.") from None
 
     def verifier(completion: str, answer: str, row: dict) -> float:
-        result = function(completion, answer, row, **({"ended": row["_ended"]} if takes_ended else {}))
+        try:
+            result = function(completion, answer, row, **({"ended": row["_ended"]} if takes_ended else {}))
+        except Exception as error:
+            file = inspect.getsourcefile(function)
+            raise ValueError(f"Verifier {name} raised {user_code.told(error, file)}.") from error
         try:
             score = float(result)
         except (TypeError, ValueError):

@@ -69,8 +69,9 @@ def launch(module: str, own: list[str], options: list[str], prog: str) -> int:
         code = 128 + signal.SIGINT
     except SignalException as ended:
         code = 128 + ended.sigval
-    except (ValueError, FileNotFoundError) as mistake:  # about accelerate's options: the module runs in a child
-        fail(prog, mistake)
+    except Exception as mistake:  # about accelerate's options or their file: the module itself runs in a child
+        kind = "" if isinstance(mistake, ValueError | RuntimeError | OSError | ImportError) else type(mistake).__name__
+        fail(prog, f"accelerate launch: {kind}: {mistake}" if kind else mistake)
     return code if code >= 0 else 128 - code
 
 

@@ -6,12 +6,16 @@ values.
 
 import argparse
 import copy
+import json
 import os
 import re
 import sys
 import time
-from collections.abc import Iterable
+import traceback
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NoReturn, get_type_hints
 
 import yaml
@@ -36,6 +40,44 @@ def fail(prog: str, *mistakes: Any, code: int = 2) -> NoReturn:
         line = " ".join(str(mistake).split())
         print(f"{prog}: {re.sub(HUB_TOKEN, '***', line)}", file=sys.stderr)
     raise SystemExit(code)
+
+
+@contextmanager
+def reported(prog: str, code: int = 2) -> Iterator[None]:
+    """Print a mistake of the user that the block raises in one line, and exit; other errors keep their traceback."""
+    try:
+        yield
+    except Exception as error:
+        if (mistake := mistake_of(error)) is None:
+            raise
+        fail(prog, mistake, code=code)
+
+
+def mistake_of(error: Exception) -> str | None:
+    """Describe an error that is about what the user gave (settings, files, data, packages); None for other errors."""
+    from jinja2 import TemplateError
+    from safetensors import SafetensorError
+
+    if isinstance(error, json.JSONDecodeError):
+        return f"not JSON ({error}): {error.doc[:80]!r}"
+    if isinstance(error, TemplateError):
+        return f"the chat template cannot write the data: {type(error).__name__}: {error}"
+    if isinstance(error, SafetensorError):
+        return f"the weights of a model cannot be read: {error}"
+    if isinstance(error, ValueError | OSError | ImportError):
+        return str(error)
+    of_keywords = isinstance(error, TypeError) and "unexpected keyword argument" in str(error)
+    of_trl = type(error) is RuntimeError and "trl" in _raised_in(error).parts  # TRL's answer to mistakes in the data
+    return str(error) if of_keywords or of_trl else None
+
+
+def is_own_sentence(error: Exception) -> bool:
+    """Whether this package itself raised an error, so that the message alone says what to do."""
+    return type(error) in (ValueError, RuntimeError) and Path(__file__).parents[1] in _raised_in(error).parents
+
+
+def _raised_in(error: Exception) -> Path:
+    return Path(traceback.extract_tb(error.__traceback__)[-1].filename)
 
 
 @dataclass(frozen=True)
@@ -111,9 +153,19 @@ class StrictParser(TrlParser):
         self._check_words(launch, left)
         try:
             *values, rest, _ = self.parse_args_into_dataclasses(args, True, look_for_args_file=False)
-        except ValueError as mistake:  # raised by the __post_init__ of a dataclass
-            self.error(str(mistake))
+        except Exception as mistake:  # the __post_init__ of a dataclass of another package raises what it likes
+            self.error(self._told(mistake, given))
         return Parsed(tuple(values), rest, sources, _without(args, left), [*launch, *left])
+
+    def _told(self, mistake: Exception, given: argparse.Namespace) -> str:
+        """Describe an error of a dataclass; an error about JSON does not name the option, which this adds."""
+        if isinstance(mistake, json.JSONDecodeError):
+            values = {action.dest: getattr(given, action.dest, action.default) for action in self._actions}
+            names = [name for name, value in values.items() if mistake.doc in (value, self.get_default(name))]
+            return f"{names[0] if names else 'a value'} is not JSON ({mistake}): {mistake.doc!r}"
+        return (
+            str(mistake) if isinstance(mistake, ValueError | ImportError) else f"{type(mistake).__name__}: {mistake}"
+        )
 
     def _check_words(self, launch: list[str], left: list[str]) -> None:
         """Refuse words that this parser has left over and that are no options of accelerate."""

@@ -64,9 +64,9 @@ class CacheRun:
         self.args, self.options = training_args, cache_args
         self.teacher_name, self.folder = training_args.teacher_model_name_or_path, training_args.teacher_cache
         tokenizer, student_columns = _student(model_args, training_args)
+        train, evaluation = load_splits(script_args, training_args, dataset_args)  # before a teacher is loaded for it
         teacher = load_teacher(self.teacher_name, training_args)
         _only_prepare(training_args)
-        train, evaluation = load_splits(script_args, training_args, dataset_args)
         for name, dataset in (("train", train), ("eval", evaluation)):
             check_tokenized(name, dataset)
         names = model_args.model_name_or_path, self.teacher_name

@@ -25,8 +25,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..cache import foreign_file
-from ..options.parsing import StrictParser, fail
-from ..options.preflight import no_data, no_model
+from ..options.parsing import StrictParser, fail, reported
+from ..options.preflight import no_data, no_model, no_tokenizer, out_of_range, unreachable
 from . import sft
 
 
@@ -71,6 +71,7 @@ def mistakes(script_args, training_args, model_args, dataset_args, cache_args) -
     found = [
         *no_model("model_name_or_path", model_args.model_name_or_path),
         *no_model("teacher_model_name_or_path", teacher),
+        *no_tokenizer(model_args.model_name_or_path),
     ]
     needed = {
         "model_name_or_path, whose tokenizer makes the rows": model_args.model_name_or_path,
@@ -81,14 +82,16 @@ def mistakes(script_args, training_args, model_args, dataset_args, cache_args) -
     folder = Path(training_args.teacher_cache or "")
     if training_args.teacher_cache and foreign_file(folder) is not None:
         found.append(f"teacher_cache: {folder} is not empty and no teacher cache: choose another folder")
-    return found + no_data(script_args, dataset_args)
+    if training_args.teacher_cache and folder.is_file():
+        found.append(f"teacher_cache: {folder} is a file: choose another folder")
+    return [*found, *no_data(script_args, dataset_args), *out_of_range(training_args)]
 
 
 def run() -> None:
     """Run one process of the scoring; a mistake of the user is one line and exit code 2."""
     warnings.filterwarnings("ignore", "`gradient_checkpointing` is deprecated", FutureWarning)
     parsed = make_parser().parse()
-    found = mistakes(*parsed.values)
+    found = mistakes(*parsed.values) or unreachable(*parsed.values[1:3], reads_teacher=True)
     if found:
         fail(PROG, *found)
     from ..scoring.run import CacheRun
@@ -96,12 +99,11 @@ def run() -> None:
 
     with tempfile.TemporaryDirectory() as unused:  # the trainer creates its output folder
         parsed.values[1].output_dir = unused
-        try:
-            perform(CacheRun(*parsed.values))
-        except CacheMismatch as mistake:
-            fail(PROG, mistake, code=1)
-        except (ValueError, OSError) as mistake:
-            fail(PROG, mistake)
+        with reported(PROG):
+            try:
+                perform(CacheRun(*parsed.values))
+            except CacheMismatch as mistake:
+                fail(PROG, mistake, code=1)
 
 
 def perform(cache_run) -> None:

@@ -21,8 +21,8 @@ from ..evaluation import models, preferences, report
 from ..evaluation.problems import Problem, read_problems
 from ..evaluation.report import Result, Sample
 from ..evaluation.verifiers import MathVerifier, Verifier, find_verifier
-from ..files import write_text
-from ..options.parsing import StrictParser, fail
+from ..files import no_folder, write_text
+from ..options.parsing import StrictParser, fail, reported
 
 
 if TYPE_CHECKING:
@@ -100,18 +100,19 @@ def main(args: EvalArguments) -> list[Result]:
         fail(PROG, mistake)
     results: list[Result] = []
     baseline: list[Sample] | None = None
+    samples: list[Sample] = []
     for subject in subjects:
-        result, samples = evaluate(args, subject, problems, verifier, baseline)
+        with reported(PROG, code=1):
+            result, samples = evaluate(args, subject, problems, verifier, baseline)
         results.append(result)
         baseline = baseline or samples
-        if args.pairs is not None and args.output_dir is not None:
-            write_pairs(args, problems, samples)
-        if args.output_dir is not None:
+        if args.output_dir is not None:  # after each model, so that a failure of the next one loses nothing
             report.write_samples(report.samples_file(args.output_dir, subject.label), samples)
-    if args.output_dir is not None:
-        write_text(Path(args.output_dir, "results.json"), to_json(args, results))
+            write_text(Path(args.output_dir, "results.json"), to_json(args, results))
     for part in (title(args, results), report.table(results), report.notes(results)):
         Console().print(part, markup=False, highlight=False)
+    if args.pairs is not None:
+        write_pairs(args, problems, samples)
     return results
 
 
@@ -122,6 +123,8 @@ def prepare(args: EvalArguments) -> tuple[Verifier, list[Problem], list[models.S
         ValueError: a mistake in the settings, the data or a model's folder; the message says what to do.
     """
     labels = models.labels(args.model_name_or_path)
+    if args.output_dir is not None and (reason := no_folder(Path(args.output_dir))):
+        raise ValueError(f"--output_dir {args.output_dir} cannot be written: {reason}.")
     if args.output_dir is not None and not args.overwrite:
         files = [Path(args.output_dir, "results.json"), *(report.samples_file(args.output_dir, x) for x in labels)]
         files += [Path(args.output_dir, preferences.FILE)] if args.pairs is not None else []
@@ -174,9 +177,16 @@ def evaluate(
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task(subject.label, total=len(problems) * (args.k + 1))
-        for batch in batches:
-            samples += [judge(generation, subject.tokenizer, problems, verifier) for generation in batch]
-            progress.update(task, completed=len(samples))
+        try:
+            for generation in (generation for batch in batches for generation in batch):
+                samples.append(judge(generation, subject.tokenizer, problems, verifier))
+                progress.update(task, completed=len(samples))
+        except ValueError as mistake:  # of the verifier; what it has scored is kept
+            if args.output_dir is None or not samples:
+                raise
+            file = report.samples_file(args.output_dir, subject.label)
+            report.write_samples(file, samples)
+            raise ValueError(f"{mistake} The {len(samples)} samples scored before are in {file}.") from mistake
     result = Result(
         model=subject.name,
         **report.summarize(samples, [tuple(prompt) for prompt in subject.prompts], baseline),
@@ -196,11 +206,14 @@ def judge(generation: "Generation", tokenizer, problems: list[Problem], verifier
 
 
 def write_pairs(args: EvalArguments, problems: list[Problem], samples: list[Sample]) -> None:
-    """Write the pairs for DPO; if the samples make no pair, explain why in one line and exit with code 2."""
+    """Write the pairs for DPO; if the samples make no pair, explain why in one line and exit with code 1."""
     assert args.output_dir is not None
     pairs = preferences.pairs(problems, samples, args.pairs or 1)
     if not pairs:
-        fail(PROG, f"--pairs: {preferences.why_none(samples)}")
+        Path(args.output_dir, preferences.FILE).unlink(
+            missing_ok=True
+        )  # those of the results that --overwrite replaced
+        fail(PROG, f"--pairs: {preferences.why_none(samples)}", code=1)
     report.write_rows(Path(args.output_dir, preferences.FILE), pairs)
     rows = len({json.dumps(pair["prompt"]) for pair in pairs})
     print(f"{len(pairs)} pairs from {rows} of {len(problems)} rows in {Path(args.output_dir, preferences.FILE)}")

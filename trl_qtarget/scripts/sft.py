@@ -47,14 +47,18 @@ trl-qtarget sft \
 import sys
 import warnings
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
+from transformers import TrainerCallback
 from trl import ScriptArguments
 
 from ..data.loading import load_splits
+from ..files import no_empty_folder, whole_model
+from ..options import resuming
 from ..options.launching import accelerate_configs, make_launcher
-from ..options.parsing import StrictParser, fail
-from ..options.preflight import checkpoint, mistakes
+from ..options.parsing import StrictParser, fail, is_own_sentence, mistake_of
+from ..options.preflight import mistakes, overwrites, unreachable
 
 
 PROG = "trl-qtarget sft"
@@ -93,11 +97,51 @@ class SFTScriptArguments(ConversationArguments):
 
 def main(script_args, training_args, model_args, dataset_args) -> None:
     """Make the trainer and train, with the arguments that the main function of TRL's script takes."""
-    train(make_trainer(script_args, training_args, model_args, dataset_args), script_args, training_args)
+    trainer, _ = start(script_args, training_args, model_args, dataset_args)
+    train(trainer, script_args, training_args)
+
+
+class Beginning(TrainerCallback):
+    """The last moment before the first step: the settings of the run are written into its `output_dir`.
+
+    Before that moment nothing is in the folder, so that a mistake which shows while training is prepared leaves it as
+    it was.
+    """
+
+    def __init__(self, trainer, resumed: str | None, settings: dict[str, Any]):
+        self.accelerator, self.folder = trainer.accelerator, Path(trainer.args.output_dir)
+        self.resumed, self.settings = resumed, {**settings, **resuming.of_trainer(trainer)}
+        self.line = resuming.compare(self.folder, resumed, self.settings)
+        self.passed = False
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if self.line is not None:
+            self.accelerator.print(self.line)
+        self.accelerator.wait_for_everyone()  # every rank has looked at the folder
+        if args.should_save:
+            resuming.begin(self.folder, self.resumed, self.settings)
+        self.passed = True
+
+
+def start(*values) -> tuple[Any, Beginning]:
+    """Make the trainer, and the callback that knows whether its first step has begun.
+
+    Raises:
+        ValueError: the data or a setting is wrong, or the run resumes from a checkpoint that was made with others.
+    """
+    settings = resuming.settings(*values)  # before the trainer works on the very objects
+    trainer = make_trainer(*values)
+    beginning = Beginning(trainer, resuming.checkpoint(values[1], overwrites(*values[:2])), settings)
+    trainer.add_callback(beginning)
+    return trainer, beginning
 
 
 def make_trainer(script_args, training_args, model_args, dataset_args):
-    """Load the data and make the trainer, as TRL's script does for `SFTTrainer`."""
+    """Load the data and make the trainer, as TRL's script does for `SFTTrainer`.
+
+    Raises:
+        ValueError: the data or a setting is wrong, or no row has anything to learn from.
+    """
     from trl import get_peft_config, get_quantization_config
 
     from ..training.trainer import TargetSFTTrainer
@@ -121,15 +165,41 @@ def make_trainer(script_args, training_args, model_args, dataset_args):
 
 
 def train(trainer, script_args, training_args) -> None:
-    """Train, save the model, and push it to the Hub if asked to."""
-    trainer.train(resume_from_checkpoint=checkpoint(training_args))
-    trainer.save_model(training_args.output_dir)
+    """Train, save the model, and push it to the Hub if asked to.
+
+    Raises:
+        Unsaved: the trained model cannot be saved.
+    """
+    trainer.train(resume_from_checkpoint=resuming.checkpoint(training_args, overwrites(script_args, training_args)))
+    save(trainer, Path(training_args.output_dir))
     trainer.accelerator.print(f"Model saved to {training_args.output_dir}.")
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
         trainer.accelerator.print(f"Model pushed to https://huggingface.co/{trainer.hub_model_id}.")
     if hasattr(trainer, "end"):  # since Transformers 5.18; ends the trackers and the process group
         trainer.end()
+
+
+class Unsaved(RuntimeError):
+    """The trained model could not be written; the folder holds no part of it that counts as a model."""
+
+
+def save(trainer, folder: Path) -> None:
+    """Save the model into `folder` so that the folder holds all of it or no model, whenever the process is killed.
+
+    Raises:
+        Unsaved: the disk is full, or the folder cannot be written.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        with whole_model(folder, writes=trainer.args.should_save) as unfinished:
+            trainer.accelerator.wait_for_everyone()  # what a killed save has left is gone
+            trainer.save_model(str(unfinished), _internal_call=True)  # otherwise it is pushed to the Hub from there
+            trainer.accelerator.wait_for_everyone()  # the parts of all ranks are there
+    except (OSError, SafetensorError) as error:
+        raise Unsaved(f"the model is trained and cannot be saved in {folder}: {error}") from error
+    trainer.accelerator.wait_for_everyone()
 
 
 def make_parser(
@@ -177,19 +247,27 @@ def run() -> None:
     # a warning about TRL's own default, which the user did not choose
     warnings.filterwarnings("ignore", "`gradient_checkpointing` is deprecated", FutureWarning)
     parsed = make_parser().parse()
-    script_args, training_args, *_ = parsed.values
+    script_args, training_args, model_args, _ = parsed.values
     found = mistakes(*parsed.values)
     if len(parsed.own) < len(sys.argv) - 1:
         found.append("options of `accelerate launch` belong before the script; `trl-qtarget sft` takes them anywhere")
+    reads_teacher = training_args.teacher_cache is None and training_args.target().reads_model()
+    found = found or unreachable(training_args, model_args, reads_teacher)
     if found:
         fail(PROG, *found)
+    beginning = None
     try:
-        trainer = make_trainer(*parsed.values)
-    except (ValueError, OSError, ImportError) as mistake:
-        if training_args.log_level == "debug":
+        with no_empty_folder(Path(training_args.output_dir)):
+            trainer, beginning = start(*parsed.values)
+            train(trainer, script_args, training_args)
+    except Unsaved as failure:
+        fail(PROG, failure, code=1)
+    except Exception as error:
+        began = beginning is not None and beginning.passed
+        sentence = mistake_of(error) if not began else str(error) if is_own_sentence(error) else None
+        if training_args.log_level == "debug" or sentence is None:
             raise
-        fail(PROG, mistake)
-    train(trainer, script_args, training_args)
+        fail(PROG, sentence, code=1 if began else 2)
 
 
 if __name__ == "__main__":

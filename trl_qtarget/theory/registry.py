@@ -7,11 +7,13 @@ default, the range and what the messages say.
 from __future__ import annotations
 
 import difflib
+import functools
 import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, cast, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin, get_type_hints
 
 from .. import user_code
 from .target import Target
@@ -53,7 +55,12 @@ class Preset:
 
     @property
     def defaults(self) -> dict[str, Any]:
-        return {name: p.default for name, p in inspect.signature(self.make).parameters.items()}
+        named = [p for p in self._parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+        return {p.name: p.default for p in named}
+
+    @property
+    def _parameters(self) -> list[inspect.Parameter]:
+        return list(inspect.signature(self.make).parameters.values())
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -63,9 +70,12 @@ class Preset:
     @property
     def hints(self) -> dict[str, Any]:
         """Types of the arguments; none if a user's module has annotations that only a type checker can resolve."""
+        make: Any = self.make
+        while isinstance(make, functools.partial):
+            make = make.func
         try:
-            return get_type_hints(self.make, include_extras=True)
-        except NameError:
+            return get_type_hints(make, include_extras=True)
+        except (NameError, TypeError):  # the latter for a callable that is no function
             return {}
 
     def build(self, **kwargs: Any) -> Target:
@@ -75,33 +85,84 @@ class Preset:
             ValueError: the loss does not take an argument, lacks one, or one is out of its range.
         """
         unknown = [name for name in kwargs if name not in self.defaults]
-        if unknown:
+        if unknown and not any(p.kind is p.VAR_KEYWORD for p in self._parameters):
             takes = ", ".join(self.defaults) or "no arguments"
             raise ValueError(f"Loss {self.name!r} takes {takes}, not {', '.join(unknown)}.")
         absent = [n for n, default in self.defaults.items() if default is inspect.Parameter.empty and n not in kwargs]
         if absent:
             raise ValueError(f"Loss {self.name!r} needs a value for {', '.join(absent)}: pass it in loss_kwargs.")
-        target = self.make(**{name: self._checked(name, value) for name, value in kwargs.items()})
+        arguments = {name: self._checked(name, value) for name, value in kwargs.items()}
+        try:
+            target = self.make(**arguments)
+        except ValueError:  # the loss's own check of its arguments
+            raise
+        except Exception as error:
+            code = getattr(self.make, "__code__", None)
+            raised = user_code.told(error, code and code.co_filename)
+            raise ValueError(f"Loss {self.name!r} raised {raised}") from error
         if not isinstance(target, Target):
             raise ValueError(f"Loss {self.name!r} must return a Target, it returned {type(target).__name__}.")
         return target
 
     def _checked(self, name: str, value: Any) -> Any:
+        """Return the value of an argument in the type of its hint; hints of other kinds let every value pass.
+
+        Raises:
+            ValueError: the value is of another type, or out of range.
+        """
         hint = self.hints.get(name)
-        if get_origin(hint) is Literal and value not in get_args(hint):
-            accepted = " or ".join(repr(choice) for choice in get_args(hint))
-            raise ValueError(f"Loss {self.name!r} needs {name} to be {accepted}, got {value!r}.")
-        if get_origin(hint) is not Annotated:
+        members = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+        if value is None and type(None) in members:
+            return None
+        (hint, *others) = [member for member in members if member is not type(None)] or [None]
+        if others:
             return value
-        number, accepted = get_args(hint)
+        if get_origin(hint) is Literal:
+            if value not in get_args(hint):
+                accepted = " or ".join(repr(choice) for choice in get_args(hint))
+                raise ValueError(f"Loss {self.name!r} needs {name} to be {accepted}, got {value!r}.")
+            return value
+        kind, accepted = get_args(hint)[:2] if get_origin(hint) is Annotated else (hint, None)
+        if kind not in CONVERT:
+            return value
+        text = accepted.text if isinstance(accepted, Range) else f"{CONVERT[kind][0]} for {{}}"
         try:
-            # YAML reads 1e-3 as a string; a bool is a number to Python alone
-            converted = None if isinstance(value, bool) else number(value)
+            converted = CONVERT[kind][1](value)
         except (TypeError, ValueError, OverflowError):
             converted = None
-        if converted is None or (number is int and converted != float(value)) or not accepted.holds(converted):
-            raise ValueError(f"Loss {self.name!r} needs {accepted.text.format(name)}, got {value!r}.")
+        if converted is None or (isinstance(accepted, Range) and not accepted.holds(converted)):
+            raise ValueError(f"Loss {self.name!r} needs {text.format(name)}, got {value!r}.")
         return converted
+
+
+def _to_float(value: Any) -> float:
+    if isinstance(value, bool):  # a number to Python alone
+        raise TypeError
+    return float(value)  # YAML reads 1e-3 as a text
+
+
+def _to_int(value: Any) -> int:
+    if isinstance(value, bool) or int(value) != float(value):
+        raise TypeError
+    return int(value)
+
+
+def _to_bool(value: Any) -> bool | None:
+    return value if isinstance(value, bool) else {"true": True, "false": False}.get(str(value).lower())
+
+
+def _to_text(value: Any) -> str:
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise TypeError
+    return str(value)
+
+
+CONVERT: dict[Any, tuple[str, Callable[[Any], Any]]] = {  # what a hint accepts, and how a value is read
+    float: ("a number", _to_float),
+    int: ("a whole number", _to_int),
+    bool: ("true or false", _to_bool),
+    str: ("a text", _to_text),
+}
 
 
 PRESETS: dict[str, Preset] = {}
@@ -128,12 +189,21 @@ def _origin(function: Callable) -> tuple[str, str]:
     return function.__code__.co_filename, function.__qualname__
 
 
-def find_preset(loss: str) -> Preset:
+def find_preset(loss: str | Callable[..., Target]) -> Preset:
     """The preset that `--loss` names: a known name, `my_module:my_loss`, `path/to/file.py:my_loss` or a file with one.
+
+    In Python a function that returns a `Target` is a loss too.
 
     Raises:
         ValueError: there is no such loss; the message has the nearest names.
     """
+    if isinstance(loss, Preset):
+        return loss
+    if callable(loss):
+        known = (preset for preset in PRESETS.values() if preset.make is loss)
+        return next(known, Preset(getattr(loss, "__qualname__", type(loss).__name__), loss))
+    if not isinstance(loss, str):
+        raise ValueError(f"A loss is a name, a function that returns a Target, or a Target, got {loss!r}.")
     if loss in PRESETS:
         return PRESETS[loss]
     if ":" in loss or loss.endswith(".py"):
@@ -146,13 +216,17 @@ def find_preset(loss: str) -> Preset:
     )
 
 
-def build(loss: str, /, **kwargs: Any) -> Target:
-    """The `Target` of a named loss: `build("target_sft", eta=0.25)`.
+def build(loss: str | Callable[..., Target] | Target, /, **kwargs: Any) -> Target:
+    """The `Target` of a loss: `build("target_sft", eta=0.25)`. A `Target` is its own, and takes no arguments.
 
     Raises:
         ValueError: an unknown name, an argument that the loss does not take, or a value out of range; the message says
             what is accepted.
     """
+    if isinstance(loss, Target):
+        if kwargs:
+            raise ValueError(f"A Target takes no arguments, got {', '.join(kwargs)}: set them in the Target itself.")
+        return loss
     return find_preset(loss).build(**kwargs)
 
 
@@ -165,6 +239,9 @@ def _find_in_module(loss: str) -> Preset:
         raise ValueError(
             f"Unknown loss {loss!r}: {reason}. Give my_module:my_loss, or my_losses.py:my_loss for a file."
         ) from None
+    except (Exception, SystemExit) as error:  # the module's own code runs
+        raised = user_code.told(error, user_code.file_of(source))
+        raise ValueError(f"Loss {loss!r}: importing {source} failed with {raised}") from error
     own = [p for p in PRESETS.values() if p.make.__module__ == module.__name__]
     if not name:
         if len(own) != 1:
