@@ -92,7 +92,7 @@ DATA = of(
     ),
     (
         "--dataset_name mixed",
-.*(4 of 8 rows without a value for prompt, and it has the column|have no column) .?messages",
+        "the data mixed.* (4 of 8 rows without a value for prompt, and it has the|rows have no) column .?messages",
     ),
     ("--dataset_name two_files", "the data two_files cannot be read: its files differ in their columns"),
     (

@@ -6,12 +6,13 @@ import reprlib
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
+import pyarrow.compute
 from datasets import Dataset, IterableDataset
 
 from ..compat import column_names
 
 
+pc: Any = pyarrow.compute  # whose functions are made when it is imported, so that no type checker knows them
 SCANNED = 1000  # rows of a dataset that are checked together
 TOKENS, LABELS = "input_ids", "labels"
 

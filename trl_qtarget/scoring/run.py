@@ -26,6 +26,7 @@ from ..teachers.loading import load_teacher
 from ..teachers.models import ReadModel
 from ..teachers.vocab import common_columns
 from ..training.checks import compare_tokenizers
+from ..training.second_model import clones_template
 from ..training.trainer import TargetSFTTrainer
 from .score import score
 
@@ -70,7 +71,7 @@ class CacheRun:
         for name, dataset in (("train", train), ("eval", evaluation)):
             check_tokenized(name, dataset)
         names = model_args.model_name_or_path, self.teacher_name
-        clones = _clones_template(training_args)  # and adds its tokens to the student and its tokenizer
+        clones = clones_template(training_args)  # and adds its tokens to the student and its tokenizer
         agreement = None if clones else compare_tokenizers(*names, tokenizer, training_args, train)
         self.teacher_columns = head_rows(base_model(teacher))
         trainer = TargetSFTTrainer(
@@ -212,12 +213,6 @@ def _student(model_args: Any, training_args: Any) -> tuple[Any, int]:
     tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path, **options)
     config = AutoConfig.from_pretrained(model_args.model_name_or_path, **options)
     return tokenizer, config.get_text_config().vocab_size
-
-
-def _clones_template(training_args: Any) -> bool:
-    """Whether TRL copies the chat template of another tokenizer, and with it tokens that the student lacks."""
-    path = training_args.chat_template_path
-    return path is not None and not path.endswith((".jinja", ".j2"))
 
 
 def _only_prepare(training_args: Any) -> None:

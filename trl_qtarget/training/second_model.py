@@ -91,7 +91,7 @@ def choose(
     if teacher is not None:
         rows = kwargs.get("train_dataset") or ()
         agreement = None
-        if not _clones_template(args):  # cloning adds tokens to the student's tokenizer: compared after that
+        if not clones_template(args):  # cloning adds tokens to the student's tokenizer: compared after that
             agreement = compare_tokenizers(student, teacher, kwargs.get("processing_class"), args, rows)
         if teacher is student and not isinstance(student, str):
             teacher = copy.deepcopy(student)  # freezing the teacher must not freeze the student
@@ -128,7 +128,7 @@ def open_second_model(choice: Choice, trainer: Any) -> SecondModel:
     if compat.trains_on_images(trainer):
         refuse_images(teacher, args)
     agreement = choice.agreement
-    if _clones_template(args):
+    if clones_template(args):
         agreement = compare_tokenizers(
             trainer.model, choice.teacher, compat.tokenizer(trainer), args, trainer.train_dataset
         )
@@ -136,7 +136,7 @@ def open_second_model(choice: Choice, trainer: Any) -> SecondModel:
     return SecondModel(FrozenModel(teacher, trainer.accelerator, args.teacher_offload), vocabulary, collator)
 
 
-def _clones_template(args: TargetSFTConfig) -> bool:
+def clones_template(args: TargetSFTConfig) -> bool:
     """Whether TRL copies the chat template of another tokenizer, and with it tokens that the student lacks."""
     path = args.chat_template_path
     return path is not None and not path.endswith((".jinja", ".j2"))
