@@ -5,6 +5,7 @@ The comment above a group names the report that its inputs were made from.
 
 import copy
 import json
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,16 @@ from datasets import Dataset
 from peft import LoraConfig, PeftModel, PromptTuningConfig, TrainableTokensConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from trl_qtarget import ProjectedLogits, Target, TargetSFTConfig, TargetSFTTrainer, TopKLogits, build, qtarget_loss
+from trl_qtarget import (
+    PRESETS,
+    ProjectedLogits,
+    Target,
+    TargetSFTConfig,
+    TargetSFTTrainer,
+    TopKLogits,
+    build,
+    qtarget_loss,
+)
 from trl_qtarget.cli import main
 from trl_qtarget.training.metrics import without_repeats
 from trl_qtarget.training.second_model import AdaptersOff, Initial
@@ -483,7 +493,25 @@ def test_tokenizers_are_compared_at_the_revisions_of_their_models(train, student
     assert asked == {student_dir: "v1", teacher_dir: "v2"}
 
 
-# A dense teacher beside labels that it does not have is compared over common columns: its padding stays padding
+# Arguments of Python code
+
+
+def test_a_function_or_a_target_is_a_loss(train):
+    """Both train as dft does, and the configuration can be pickled, as a checkpoint pickles it."""
+
+    def half(share: float = 0.5) -> Target:
+        return Target(trust=share)
+
+    steps = {}
+    for name, loss in {"target": Target(trust=lambda t: t.p_y), "function": PRESETS["dft"].make}.items():
+        trainer = train(loss=loss)
+        steps[name] = logged(trainer, "grad_norm")
+        pickle.dumps(trainer.args)
+    assert steps["target"] == steps["function"] == logged(train(loss="dft"), "grad_norm")
+    quarter = train(loss=half, loss_kwargs={"share": 0.25})
+    assert logged(quarter, "qtarget/trust") == pytest.approx(0.25)
+    with pytest.raises(ValueError, match="A loss is a name, a function that returns a Target, or a Target, got 3"):
+        TargetSFTConfig("unused", loss=3)
 
 
 def test_a_misspelt_teacher_is_named(train, tiny_model, tokenizer, rows):

@@ -30,12 +30,13 @@ from .registry import (
     Share,
     build,
     find_preset,
+    name_of,
     preset,
 )
 from .target import TEACHER, UNIFORM, Residual, Target
 
 
-__all__ = ["PRESETS", "Preset", "build", "find_preset", "preset"]
+__all__ = ["PRESETS", "Preset", "build", "find_preset", "name_of", "preset"]
 
 LOG_RATIO_CLAMP = 20.0  # PPO implementations clamp log(pi / pi_old) here; beyond it the gradient is zero
 

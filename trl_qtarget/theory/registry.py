@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -189,6 +190,27 @@ def _origin(function: Callable) -> tuple[str, str]:
     return function.__code__.co_filename, function.__qualname__
 
 
+GIVEN: dict[str, Preset] = {}  # losses that Python code passed as objects, by the names that `name_of` gave them
+
+
+def name_of(loss: str | Callable[..., Target] | Target) -> str:
+    """A name under which this process finds the loss: configurations are saved, and a function cannot be.
+
+    Raises:
+        ValueError: neither a name, nor a function, nor a `Target`.
+    """
+    if isinstance(loss, str):
+        return loss
+    made = Preset("Target", lambda: loss) if isinstance(loss, Target) else find_preset(loss)
+    if PRESETS.get(made.name) == made:
+        return made.name
+    number = next(n for n in itertools.count(1) if f"{made.name}#{n}" not in GIVEN)
+    same = (name for name, preset in GIVEN.items() if preset.make is made.make)
+    name = next(same, f"{made.name}#{number}")
+    GIVEN[name] = made
+    return name
+
+
 def find_preset(loss: str | Callable[..., Target]) -> Preset:
     """The preset that `--loss` names: a known name, `my_module:my_loss`, `path/to/file.py:my_loss` or a file with one.
 
@@ -204,8 +226,8 @@ def find_preset(loss: str | Callable[..., Target]) -> Preset:
         return next(known, Preset(getattr(loss, "__qualname__", type(loss).__name__), loss))
     if not isinstance(loss, str):
         raise ValueError(f"A loss is a name, a function that returns a Target, or a Target, got {loss!r}.")
-    if loss in PRESETS:
-        return PRESETS[loss]
+    if loss in PRESETS or loss in GIVEN:
+        return PRESETS.get(loss) or GIVEN[loss]
     if ":" in loss or loss.endswith(".py"):
         return _find_in_module(loss)
     guess = difflib.get_close_matches(loss.lower(), PRESETS, n=1)

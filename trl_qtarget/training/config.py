@@ -11,7 +11,7 @@ from trl import SFTConfig
 
 from ..compat import split_warmup
 from ..loss.backends import BACKENDS
-from ..theory.presets import build
+from ..theory.presets import build, name_of
 from ..theory.target import Target
 
 
@@ -27,7 +27,8 @@ class TargetSFTConfig(SFTConfig):
 
         loss (`str`, *optional*, defaults to `"target_sft"`):
             Name of the loss: a preset, as `trl-qtarget losses` lists them, or one of your own as
-            `"my_module:my_loss"` or `"my_losses.py:my_loss"`. TRL's `loss_type` stays at its default.
+            `"my_module:my_loss"` or `"my_losses.py:my_loss"`. In Python also a function that returns a `Target`, or a
+            `Target`. TRL's `loss_type` stays at its default.
         loss_kwargs (`dict[str, Any]` or `str`, *optional*):
             Arguments of the loss, for example `{"eta": 0.25}`. Defaults are the published ones.
         trust_floor (`float`, *optional*, defaults to `0.0`):
@@ -144,6 +145,7 @@ class TargetSFTConfig(SFTConfig):
     )
 
     def __post_init__(self):
+        self.loss = name_of(self.loss)
         split_warmup(self)
         for name in ("loss_kwargs", "teacher_model_init_kwargs"):
             setattr(self, name, as_mapping(name, getattr(self, name)))
