@@ -136,7 +136,7 @@ MUTATIONS = [
     ),
     Mutation(
         "earlier student's head is the parameter",
-        "teachers/models.py", "weight=read.weight.detach()", "weight=read.weight",
+        "teachers/models.py", "is_zero3_shard(parameter) else parameter.detach()", "True else parameter.detach()",
         f"{EARLIER}[Snapshot]", "read in teachers/models.py",
     ),
     # Shift labels by one
