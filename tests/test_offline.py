@@ -15,8 +15,9 @@ from test_trainer import logged, same, teacher, train  # noqa: F401  (a fixture)
 
 from trl_qtarget import Residual, Target, cli
 from trl_qtarget.cache.fingerprints import row_key
+from trl_qtarget.cache.offline import CachedTeacherCollator
 from trl_qtarget.cache.reader import TeacherCache, readable
-from trl_qtarget.cache.sequences import TokenSequence, row_sequences
+from trl_qtarget.cache.sequences import TokenSequence, batch_sequences, row_sequences
 from trl_qtarget.cache.shards import CacheError, _sealed
 from trl_qtarget.model.forward import install
 from trl_qtarget.scoring import tasks
@@ -163,6 +164,32 @@ def test_a_cache_of_more_columns_than_the_student_has_is_refused(made, train, ti
     folder = made("--top_k", 3)
     with pytest.raises(CacheError, match="is of 640 columns and the student has 600"):
         train(teacher_cache=folder, model=tiny_model(vocab_size=600))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            {"attention_mask": None},
+            "have no attention_mask, or position_ids where rows are joined: a teacher cache finds",
+        ),
+        ({"labels": None, "attention_mask": None}, "have no labels, no attention_mask"),
+        ({"labels": torch.tensor([[-100, 7, -100, -100]])}, "the token 6 has the label 7, and a teacher cache is of"),
+    ],
+)
+def test_a_collator_that_hides_where_its_rows_are(change, said):
+    given = {
+        "input_ids": torch.tensor([[5, 6, 7, 0]]),
+        "labels": torch.tensor([[-100, 6, 7, -100]]),
+        "attention_mask": torch.tensor([[1, 1, 1, 0]]),
+    }
+    (found,) = batch_sequences(given)
+    assert found[2].key == row_key([5, 6, 7], [False, True, True])
+    (joined,) = batch_sequences({**given, "attention_mask": None, "position_ids": torch.tensor([[0, 1, 2, 3]])})
+    assert joined[2].ids.tolist() == [5, 6, 7, 0]
+    given = {name: value for name, value in (given | change).items() if value is not None}
+    with pytest.raises(CacheError, match=said):
+        CachedTeacherCollator(lambda examples: given, cache=None)([])
 
 
 def test_a_manifest_that_leads_elsewhere_is_refused(made):

@@ -297,6 +297,21 @@ def test_the_dates_of_trls_templates_are_found(tokenizer):
     assert found > 1
 
 
+def test_a_token_that_was_added_without_resizing_is_the_students_mistake(made, capfd, tmp_path, tokenizer):  # noqa: F811
+    longer = copy.deepcopy(tokenizer)
+    longer.add_tokens(["<tool>"])
+    for name, rows in (("short", 100), ("taught", 640)):
+        make_model(vocab_size=rows).save_pretrained(tmp_path / name)
+        longer.save_pretrained(tmp_path / name)
+    Path("rows.jsonl").write_text(json.dumps({"prompt": "a<tool>", "completion": "b"}))
+    words = ["--model_name_or_path", tmp_path / "short"]
+    said = refused(made, capfd, *words, teacher=str(tmp_path / "taught"))
+    assert said.startswith(
+        "Row 0 of the prepared train dataset has '<tool>' (id 100) in input_ids at position 1, after 'a'. "
+    )
+    assert "The student knows the first 100 ids only. Its tokenizer has more: resize its embeddings" in said
+
+
 def test_tokens_that_a_cloned_template_adds_are_compared_where_the_teacher_has_them(made, runs, tmp_path, tokenizer):  # noqa: F811
     """TRL gives the student the tokens of the template's tokenizer, and the teacher knows them already."""
     richer = copy.deepcopy(tokenizer)

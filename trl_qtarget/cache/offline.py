@@ -80,11 +80,12 @@ class CachedTeacherCollator(WrappedCollator):
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         batch = self.collator(examples)
+        sequences = list(batch_sequences(batch))
         B, T = batch["input_ids"].shape
         k = self.cache.settings.k
         ids, log_probs = torch.zeros(B, T, k, dtype=torch.int32), torch.full((B, T, k), -torch.inf)
         log_p_y, mass = torch.zeros(B, T), torch.zeros(B, T)
-        for row, start, sequence in batch_sequences(batch):
+        for row, start, sequence in sequences:
             entry = self._find(sequence)
             at = start - 1 + np.flatnonzero(sequence.labelled)  # one position to the left of each label
             for column, values in zip((ids, log_probs), readable(entry), strict=True):

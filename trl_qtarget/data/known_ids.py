@@ -1,4 +1,4 @@
-"""A check of batches and datasets: the teacher must know every label and be able to read every input."""
+"""A check of batches and datasets: a model must know every label and be able to read every input."""
 
 from __future__ import annotations
 
@@ -8,30 +8,42 @@ import numpy as np
 from datasets import Dataset
 
 from .collators import WrappedCollator
+from .tokenized import check_tokenized
 
 
 CONTEXT = 10  # tokens before an unknown one that an error shows
 SCANNED = 1000  # rows of a dataset that are checked together
+OWN = "Its tokenizer has more: resize its embeddings (`model.resize_token_embeddings`), and save the model again."
 REMEDY = {
-    "labels": "Set that label to -100, leave the row out, or give the teacher the token and train it first.",
-    "input_ids": "Resize the teacher's embeddings to the student's, or choose a pad_token that both know.",
+    (
+        "teacher",
+        "labels",
+    ): "Set that label to -100, leave the row out, or give the teacher the token and train it first.",
+    (
+        "teacher",
+        "input_ids",
+    ): "Resize the teacher's embeddings to the student's, or choose a pad_token that both know.",
+    ("student", "labels"): OWN,
+    ("student", "input_ids"): OWN,
 }
 
 
 class KnownIds(WrappedCollator):
-    """A collator that refuses batches with a label or an input that the teacher does not know.
+    """A collator that refuses batches with a label or an input that the teacher, or the student, does not know.
 
     Batches are checked where they are made, on the CPU: a check on the device would have to wait for its result. The
     first token of a sequence is not checked as a label, since no position predicts it.
 
     Args:
-        limits: for "labels" and "input_ids", how many first ids the teacher knows, or can read.
+        limits: for "labels" and "input_ids", how many first ids the model knows, or can read.
+        model: "teacher" or "student", for the message.
     """
 
-    def __init__(self, collator: Any, limits: dict[str, int], tokenizer: Any):
+    def __init__(self, collator: Any, limits: dict[str, int], tokenizer: Any, model: str = "teacher"):
         super().__init__(collator)
         self.limits = limits
         self.tokenizer = tokenizer
+        self.model = model
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         batch = self.collator(examples)
@@ -51,13 +63,14 @@ class KnownIds(WrappedCollator):
         """Check a prepared dataset, or several by name. A stream is left to the check of its batches.
 
         Raises:
-            ValueError: the first id that the teacher does not know, with its row and position.
+            ValueError: the first id that the model does not know, with its row and position.
         """
         if isinstance(dataset, dict):
             for key, part in dataset.items():
                 self.scan(f"{name} ({key})", part)
         if not isinstance(dataset, Dataset):
             return
+        check_tokenized(name, dataset)
         columns = [column for column in self.limits if column in dataset.column_names]
         kept = dataset.select_columns([c for c in (*self.limits, "seq_lengths") if c in dataset.column_names])
         for i, table in enumerate(kept.with_format("arrow").iter(SCANNED)):
@@ -73,8 +86,8 @@ class KnownIds(WrappedCollator):
         token = self.tokenizer.convert_ids_to_tokens(id)
         before = self.tokenizer.decode(inputs[max(0, position - CONTEXT) : position])
         raise ValueError(
-            f"{where} has {token!r} (id {id}) in {column} at position {position}, after {before!r}. The teacher knows "
-            f"the first {self.limits[column]} ids only. {REMEDY[column]}"
+            f"{where} has {token!r} (id {id}) in {column} at position {position}, after {before!r}. The {self.model} "
+            f"knows the first {self.limits[column]} ids only. {REMEDY[self.model, column]}"
         )
 
 

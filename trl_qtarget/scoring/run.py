@@ -64,7 +64,7 @@ class CacheRun:
     def __init__(self, script_args, training_args, model_args, dataset_args, cache_args):
         self.args, self.options = training_args, cache_args
         self.teacher_name, self.folder = training_args.teacher_model_name_or_path, training_args.teacher_cache
-        tokenizer, student_columns = _student(model_args, training_args)
+        tokenizer, self.student_columns = _student(model_args, training_args)
         train, evaluation = load_splits(script_args, training_args, dataset_args)  # before a teacher is loaded for it
         teacher = load_teacher(self.teacher_name, training_args)
         _only_prepare(training_args)
@@ -83,10 +83,11 @@ class CacheRun:
         )
         self.tokenizer, self.accelerator = compat.tokenizer(trainer), trainer.accelerator
         if clones:  # the trainer has given the teacher as many rows as it will give the student
-            student_columns = head_rows(base_model(teacher))
+            self.student_columns = head_rows(base_model(teacher))
             agreement = compare_tokenizers(*names, self.tokenizer, training_args, train)
-        shared, self.report = common_columns(agreement, len(self.tokenizer), student_columns, self.teacher_columns)
-        self.columns = student_columns if shared is None else shared
+        rows = self.student_columns, self.teacher_columns
+        shared, self.report = common_columns(agreement, len(self.tokenizer), *rows)
+        self.columns = self.student_columns if shared is None else shared
         self.model = teacher.to(self.accelerator.device).eval()
         self._checked = False
         self.datasets = {
@@ -103,14 +104,17 @@ class CacheRun:
             warnings.warn(f"This cache will not serve a training on another day: {cause}.", stacklevel=3)
 
     def check_known_ids(self) -> None:
-        """Check that the teacher knows every label of the data and can read every input.
+        """Check that student and teacher know every label of the data and can read every input.
 
         Raises:
-            ValueError: the first id that the teacher does not know, with its row and position.
+            ValueError: the first id that one of them does not know, with its row and position.
         """
-        known = KnownIds(None, {"labels": self.columns, "input_ids": self.teacher_columns}, self.tokenizer)
-        for name, dataset in self.datasets.items():
-            known.scan(name, dataset)
+        rows = self.student_columns
+        of_student = KnownIds(None, {"labels": rows, "input_ids": rows}, self.tokenizer, "student")
+        of_teacher = KnownIds(None, {"labels": self.columns, "input_ids": self.teacher_columns}, self.tokenizer)
+        for known in (of_student, of_teacher):
+            for name, dataset in self.datasets.items():
+                known.scan(name, dataset)
 
     @cached_property
     def rows(self) -> dict[str, Row]:
