@@ -89,6 +89,8 @@ def reason(error: BaseException, name: str | None = None) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if type(error).__name__ in ("StopIteration", "SchemaInferenceError") or "corresponds to no data" in str(error):
         return "it has no rows"
+    if isinstance(error, KeyError):
+        return f"some of its rows have no column {error}"
     if lines and lines[0].startswith("Couldn't cast"):
         return (
             f"its files differ in their columns or in the form of a column ({' '.join(lines)[:200]}): keep them apart"
