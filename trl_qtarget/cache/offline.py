@@ -10,7 +10,6 @@ import torch
 from datasets import IterableDataset
 
 from ..data.collators import WrappedCollator
-from ..loss.per_token import REFERENCE_COLUMNS
 from .dates import dated
 from .fingerprints import template_fingerprint, tokenizer_fingerprint
 from .reader import TeacherCache, readable
@@ -70,8 +69,8 @@ def _addition(folder: str, made: Settings) -> str:
 class CachedTeacherCollator(WrappedCollator):
     """A collator that adds the cached teacher's distribution of each label, at the position that predicts the label.
 
-    `teacher_ids` and `teacher_log_probs` are (B, T, K). The `REFERENCE_COLUMNS`, (B, T), are columns that a dataset
-    may carry too, for losses that use the teacher as their reference.
+    `teacher_ids` and `teacher_log_probs` are (B, T, K). `reference_log_p_y` and `reference_mass`, (B, T), are columns
+    that a dataset may carry too, for losses that use the teacher as their reference.
     """
 
     def __init__(self, collator: Any, cache: TeacherCache):
@@ -91,8 +90,8 @@ class CachedTeacherCollator(WrappedCollator):
                 column[row, at] = torch.from_numpy(np.array(values))
             log_p_y[row, at] = torch.from_numpy(np.array(entry.log_p_y))
             mass[row, at] = torch.from_numpy(np.array(entry.mass))
-        names = (*TEACHER_COLUMNS, *REFERENCE_COLUMNS)
-        return batch | dict(zip(names, (ids, log_probs, log_p_y, mass), strict=True))
+        of_teacher = {"teacher_ids": ids, "teacher_log_probs": log_probs}
+        return batch | of_teacher | {"reference_log_p_y": log_p_y, "reference_mass": mass}
 
     def _find(self, sequence: TokenSequence) -> Entry:
         try:

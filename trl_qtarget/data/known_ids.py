@@ -25,7 +25,7 @@ class KnownIds(WrappedCollator):
     first token of a sequence is not checked as a label, since no position predicts it.
 
     Args:
-        limits: for "labels" and "input_ids", how many first ids the teacher knows, or can read.
+        limits: the number of ids that the teacher knows ("labels") and can read ("input_ids").
     """
 
     def __init__(self, collator: Any, limits: dict[str, int], tokenizer: Any):
