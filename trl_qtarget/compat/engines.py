@@ -112,8 +112,8 @@ def prepare_frozen(model: Any, accelerator: Any, placed: bool = True) -> Any:
 def _shard_frozen(model: Any, accelerator: Any) -> Any:
     """Shard a frozen model with accelerate's FSDP2, which broadcasts weights that only rank 0 has read.
 
-    TRL's own function for FSDP2 broadcasts nothing. The plugin names the layers of the trained model. If a frozen model
-    of another family lacks some of them, the layers that its own family names are wrapped too.
+    TRL's own function for FSDP2 broadcasts nothing. The plugin names the layers of the trained model. If a frozen
+    model of another family lacks some of them, the layers that its own family names are wrapped too.
     """
     plugin = accelerator.state.fsdp_plugin
     named = plugin.transformer_cls_names_to_wrap or ()

@@ -92,8 +92,8 @@ def verify(run: CacheRun) -> str:
     found = f"{len(keys)} rows scored again: log p(y) differs by at most {nats:.1e} nats, the mass by {moved:.1e}"
     if max(nats, moved) > TOLERANCE:
         raise CacheMismatch(
-            f"{found}; the cache {run.folder} was not scored by this teacher, or has changed: make the cache in another "
-            "folder"
+            f"{found}; the cache {run.folder} was not scored by this teacher, or has changed: make the cache in "
+            "another folder"
         )
     return found
 
