@@ -332,7 +332,7 @@ def test_a_damaged_shard_is_named_and_made_again(fault, copied, made):
         path.write_bytes(whole[:-1] if fault == "truncated" else whole[:-9] + b"?" + whole[-8:])
     with pytest.raises(CacheError, match=re.escape(str(path)) + ".*" + FILLS_THE_GAP):
         TeacherCache(copied)
-    with pytest.warns(UserWarning, match=rf"{path.name} .*: its rows are missing again"):
+    with pytest.warns(UserWarning, match=rf"{path.name} .*: its rows will be scored again"):
         writer = CacheWriter(copied, SETTINGS)
     assert 0 < len(writer.missing(ROWS)) < len(ROWS)
     fill(writer, ROWS)

@@ -38,9 +38,9 @@ def test_a_value_that_is_not_there():
 @pytest.mark.parametrize(
     ("conversation", "said"),
     [
-        ({"user": "x"}, "must have a text for user, assistant"),
-        ({**BOXED, "judge": "x"}, "must have a text for user, assistant"),
-        ({"user": 1, "assistant": "x"}, "user must be a text with columns in braces, got 1"),
+        ({"user": "x"}, "must have text for user, assistant"),
+        ({**BOXED, "judge": "x"}, "must have text for user, assistant"),
+        ({"user": 1, "assistant": "x"}, "user must be text with columns in braces, got 1"),
         ({"user": "{problem", "assistant": "x"}, "user is no template"),
         ({"user": "\\boxed{}", "assistant": "x"}, "user has braces without a column; write other braces twice"),
     ],
@@ -56,4 +56,4 @@ def test_the_command_refuses_in_a_sentence(capsys):
         main(["sft", *words])
     assert stop.value.code == 2
     (said,) = capsys.readouterr().err.splitlines()
-    assert "dataset_conversation must have a text for user, assistant" in said
+    assert "dataset_conversation must have text for user, assistant" in said

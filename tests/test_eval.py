@@ -440,7 +440,7 @@ def test_settings_from_yaml_and_command_line(tmp_path):
         ([], "temprature: 1", ["'temprature'", "'temperature'"]),
         ([], "k: many", ["k", "a whole number", "'many'"]),
         ([], "k: 2.5", ["k", "a whole number", "2.5"]),
-        ([], "dataset: [a, b]", ["dataset", "a text"]),
+        ([], "dataset: [a, b]", ["dataset", "text"]),
         ([], "overwrite: perhaps", ["overwrite", "true or false", "'perhaps'"]),
         (["--k", "0"], "", ["--k must be at least 1, not 0."]),
         (["--temperature", "0"], "", ["--temperature must be above 0, not 0.0; greedy is shown in any case."]),

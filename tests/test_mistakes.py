@@ -148,7 +148,7 @@ DATA = of(
     ),
     (
         "",
-        "dataset_conversation must have a text for user, assistant",
+        "dataset_conversation must have text for user, assistant",
         {"settings": {"dataset_conversation": {"user": "x"}}},
     ),
     ("--dataset_conversation {bad", "dataset_conversation must be JSON such as"),

@@ -222,7 +222,7 @@ def test_rows_that_differ_when_scored_again_end_the_run_with_one_sentence(made, 
     assert stopped.value.code == 1
     (line,) = capfd.readouterr().err.strip().splitlines()[-1:]
     assert line.startswith("trl-qtarget cache: 4 rows scored again: log p(y) differs by at most")
-    assert line.endswith("is not what this teacher says: make the cache in another folder")
+    assert line.endswith("was not scored by this teacher, or has changed: make the cache in another folder")
 
 
 def test_a_dry_run_says_what_it_would_take_and_writes_nothing(made, capfd):

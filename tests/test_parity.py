@@ -169,7 +169,7 @@ def test_a_table_keeps_what_ran_before(tmp_path):
     assert parity.read_marks(tmp_path / "table.md") == {two: "refused"}
 
 
-def test_what_parity_means_can_fail():
+def test_the_parity_criterion_detects_drift():
     """A factor too near to one for any single step, and an error that grows, are drift; noise is not."""
     noise = [3e-6, -2e-6, 1e-6, -3e-6, 2e-6, -2e-6]
     parity.require_no_drift(noise, 1e-4)

@@ -105,7 +105,7 @@ def test_the_tile_is_the_one_that_the_loss_allocates(dense, chunk_size):
     assert part(run, "head: tile of logits").loss == kept > 0
 
 
-def test_where_a_teacher_is_when():
+def test_teacher_weights_at_each_moment():
     def held(**changes):
         p = part(replace(PLAIN, **changes), "teacher: weights")
         return p and (p.teacher, p.loss, p.update)
@@ -122,7 +122,7 @@ def test_where_a_teacher_is_when():
     assert work[0] == 4 * work[1]
 
 
-def test_what_is_not_exact_says_so():
+def test_estimated_parts_are_marked():
     half = replace(PLAIN, half=True, engine=Engine("FSDP", 2), device="cuda", teacher=TEACHER)
     estimated = {p.name for p in parts(half) if p.estimated}
     assert estimated == {

@@ -1,6 +1,7 @@
 """The offline teacher on disk: its files, how a sequence finds its row in them, and the collator that reads rows.
 
-May import `data`, `loss`, `theory`, `files` and `locking`. Only `sequences` and `offline` import torch.
+May import `data`, `loss`, `theory`, `files` and `locking`. Only `offline`, and `sequences` through `theory.reference`,
+load torch.
 """
 
 from pathlib import Path

@@ -10,7 +10,7 @@ import torch
 from datasets import IterableDataset
 
 from ..data.collators import WrappedCollator
-from ..loss.per_token import REFERENCE_COLUMNS
+from ..loss.per_token import LOG_P_Y_COLUMN, MASS_COLUMN
 from .dates import dated
 from .fingerprints import template_fingerprint, tokenizer_fingerprint
 from .reader import TeacherCache, readable
@@ -70,8 +70,8 @@ def _addition(folder: str, made: Settings) -> str:
 class CachedTeacherCollator(WrappedCollator):
     """A collator that adds the cached teacher's distribution of each label, at the position that predicts the label.
 
-    `teacher_ids` and `teacher_log_probs` are (B, T, K). The `REFERENCE_COLUMNS`, (B, T), are columns that a dataset
-    may carry too, for losses that use the teacher as their reference.
+    `teacher_ids` and `teacher_log_probs` are (B, T, K). The columns of a reference, (B, T), are those that a dataset may
+    carry too, for losses that use the teacher as their reference.
     """
 
     def __init__(self, collator: Any, cache: TeacherCache):
@@ -92,8 +92,8 @@ class CachedTeacherCollator(WrappedCollator):
                 column[row, at] = torch.from_numpy(np.array(values))
             log_p_y[row, at] = torch.from_numpy(np.array(entry.log_p_y))
             mass[row, at] = torch.from_numpy(np.array(entry.mass))
-        names = (*TEACHER_COLUMNS, *REFERENCE_COLUMNS)
-        return batch | dict(zip(names, (ids, log_probs, log_p_y, mass), strict=True))
+        of_teacher = {"teacher_ids": ids, "teacher_log_probs": log_probs}
+        return batch | of_teacher | {LOG_P_Y_COLUMN: log_p_y, MASS_COLUMN: mass}
 
     def _find(self, sequence: TokenSequence) -> Entry:
         try:

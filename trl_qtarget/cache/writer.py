@@ -81,9 +81,9 @@ class CacheWriter:
     """A writer that makes the cache in a folder, or continues the cache that the folder holds.
 
     Several processes of one run, which holds the folder by `alone`, may write into it: each makes a writer and the
-    same plan, writes every n-th shard, and after all of them one process commits. A process must select its shards by
-    their position in the plan before it skips those marked `done`: a writer that is made later may see more of them
-    done.
+    same plan, writes every n-th shard, and one process commits after all have written. A process must select its
+    shards by their position in the plan before it skips those marked `done`: a writer that is made later may see more
+    of them done.
 
     Raises:
         CacheError: the folder holds a cache of other settings, or other files.
@@ -130,7 +130,7 @@ class CacheWriter:
         shards = self._cut(wanted, others, budget, plan)
         if {shard.name for shard in shards if shard.done} == pending - others:
             return shards
-        # another plan ran after this one was interrupted and has written some of its rows: keep the shards of both
+        # another plan ran after this one was interrupted and wrote some of its rows: keep the shards of both
         return self._cut(wanted, pending, budget, plan)
 
     def write(self, shard: ShardPlan, entries: Sequence[Entry]) -> None:
@@ -173,7 +173,7 @@ class CacheWriter:
             try:
                 sidecar = unsealed(path)
             except CacheError:
-                warnings.warn(f"{path} is damaged: the rows of its shard are missing again.", stacklevel=3)
+                warnings.warn(f"{path} is damaged: the rows of its shard will be scored again.", stacklevel=3)
             else:
                 found[sidecar["name"]] = sidecar
         return found
@@ -182,7 +182,7 @@ class CacheWriter:
         """Return the shards whose files are as they were written; the others are left out with a warning."""
         unsound = dict(faults(self.folder, list(shards.values()), contents=True, disable=self.disable))
         for name, fault in unsound.items():
-            warnings.warn(f"{self.folder / name} {fault}: its rows are missing again.", stacklevel=3)
+            warnings.warn(f"{self.folder / name} {fault}: its rows will be scored again.", stacklevel=3)
         return {name: shard for name, shard in shards.items() if name not in unsound}
 
     def _held(self, names: Collection[str]) -> set[str]:

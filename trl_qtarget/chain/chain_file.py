@@ -1,4 +1,4 @@
-"""A chain's YAML file: `output_dir`, `defaults` and `stages`, read as far as no command's parser is needed."""
+"""A chain's YAML file: `output_dir`, `defaults` and `stages`, read without any command's parser."""
 
 import difflib
 import re
@@ -24,7 +24,7 @@ MOVED_ASIDE = re.compile(r"\.old-\d+$")  # the ending of a stage's folder that w
 
 
 class Mistakes(ValueError):
-    """The mistakes in a chain, one sentence for each argument."""
+    """The mistakes in a chain, one sentence per exception argument."""
 
 
 UNKNOWN = "OUTPUT_DIR"  # stands for the chain's output_dir in other mistakes where the file has none
@@ -46,7 +46,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Chain:
-    """The contents of a chain's file, and the `mistakes` in it, to which those of its stages are added later."""
+    """The contents of a chain's file, and `mistakes` that did not stop it from being read."""
 
     mistakes: list[str]
     output_dir: Path

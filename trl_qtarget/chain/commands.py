@@ -11,13 +11,8 @@ OUTPUT = {  # a command -> the name of its output in its stage's folder
     "cache": "cache",
     "eval": "results",
 }
-ADAPTING = (
-    "sft",
-    "dpo",
-    "kto",
-    "grpo",
-    "rloo",
-)  # with use_peft they write an adapter that a later stage can go on from
+# with use_peft they write an adapter that a later stage can go on from
+ADAPTING = ("sft", "dpo", "kto", "grpo", "rloo")
 POLICIES = (*ADAPTING, "merge")  # the next stage starts from the model that they write
 STEP0_CHECKED = ("dpo", "kto", "grpo", "rloo")  # they start with a reference model that equals the model
 PLUGIN = ("sft", "cache", "plan", "eval", "merge")  # their scripts are in this package, those of the others in TRL

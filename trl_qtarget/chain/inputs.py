@@ -24,7 +24,7 @@ COLUMNS = {  # a command reads any one of these sets of columns
     "reward": (("chosen", "rejected"),),
 }
 COLUMNS["cache"] = COLUMNS["sft"]
-# a stand-in -> the path that it stands for inside its stage's output, and the files of data there -> their columns
+# by stand-in: the path inside its stage's output, and the columns of each data file that the stage will write
 Planned = Mapping[str, tuple[str, Mapping[str, Sequence[str]]]]
 
 
@@ -161,7 +161,7 @@ def _weights(folder: Any) -> int:
 
 
 def _copies(stage: Stage) -> int:
-    """Return how many times the weights a stage writes: a checkpoint of full training has Adam's two moments too."""
+    """Return how many copies of its weights a stage writes; a checkpoint with Adam's two moments counts as three."""
     given = {name: plain(node) for name, node in stage.settings.items()}
     if OUTPUT[stage.command] != "model" or given.get("use_peft") is True:
         return 0

@@ -100,7 +100,7 @@ def _with_references(
     earlier: list[Stage],
     mistakes: list[str],
 ) -> dict[str, yaml.Node]:
-    """Return a stage's settings with typed references, and add those that refer to nothing to `mistakes`."""
+    """Return a stage's settings with typed references; add a mistake for each that names no earlier stage."""
     outputs, typed = [_output(stage) for stage in earlier], {}
     for key, node in settings.items():
         try:

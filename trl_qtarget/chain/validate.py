@@ -44,7 +44,7 @@ class Ready:
 
 
 def parser(command: str, prog: str) -> StrictParser:
-    """Return the parser of a command, TRL's made strict."""
+    """Return a strict parser of a command of this package or of TRL."""
     if command in PLUGIN:
         return importlib.import_module(f"trl_qtarget.scripts.{command}").make_parser(prog=prog)
     kinds = compat.script_arguments(command)

@@ -10,7 +10,7 @@ from .names import changed, find
 
 
 def tensor_parallel_size(trainer: Any) -> int:
-    """Return the number of ranks that are given the same batch."""
+    """Return the number of ranks that tensor parallelism gives the same batch."""
     return trainer._tp_size
 
 
@@ -112,9 +112,8 @@ def prepare_frozen(model: Any, accelerator: Any, placed: bool = True) -> Any:
 def _shard_frozen(model: Any, accelerator: Any) -> Any:
     """Shard a frozen model with accelerate's FSDP2, which broadcasts weights that only rank 0 has read.
 
-    TRL's own function for FSDP2 broadcasts nothing. The layer classes to wrap are named for the trained model, and the
-    frozen one may be of another family: of the named classes it wraps those that it contains, and where it lacks any
-    of them, the classes that its own family names as well.
+    TRL's own function for FSDP2 broadcasts nothing. The plugin names the layers of the trained model. If a frozen
+    model of another family lacks some of them, the layers that its own family names are wrapped too.
     """
     plugin = accelerator.state.fsdp_plugin
     named = plugin.transformer_cls_names_to_wrap or ()

@@ -63,9 +63,8 @@ def about() -> list[str]:
     """Return the lines of `trl-qtarget --version`, without importing any of the packages that they name."""
     installed = [f"{package} {found}" for package, found in versions().items()]
     there = f"tested with {tested()}; outside of that: {', '.join(outside()) or 'nothing'}"
-    own = pkgutil.resolve_name(
-        "trl_qtarget:__version__"
-    )  # an import statement would point up, from compat to the whole
+    # an import statement would point up, from compat to the whole
+    own = pkgutil.resolve_name("trl_qtarget:__version__")
     return [f"trl-qtarget {own}", f"python {platform.python_version()}", *installed, there]
 
 

@@ -93,8 +93,8 @@ def backbone(model: Any) -> Any:
 def forward_of_instance(model: Any) -> Any:
     """Return the forward that was set on a model itself, or None where the model has that of its class alone.
 
-    TRL's fused head sets one too, which counts as none: this package does not use it, and it is bound to the model
-    that it was made for, so that a deep copy would run the weights of the original.
+    A forward set by TRL's fused head counts as none: this package replaces that head, and a deep copy would run the
+    original's weights through it.
     """
     found = model.__dict__.get("forward")
     code = getattr(getattr(found, "__func__", None), "__code__", None)

@@ -4,8 +4,8 @@
       user: "{problem}\nPut your final answer within \\boxed{{}}."
       assistant: "{solution}"
 
-The texts are templates of `str.format`. A field is a column, or a part of a column as in `{messages[1][content]}`;
-braces that are no fields are written twice.
+The texts are templates of `str.format`. A field is a column, or a part of a column as in `{messages[1][content]}`.
+Write braces that stand for themselves twice.
 """
 
 from collections.abc import Mapping
@@ -35,10 +35,10 @@ def check(conversation: Any) -> None:
         ValueError: a role is unknown or missing, or a text is no template.
     """
     if not isinstance(conversation, Mapping) or not {"user", "assistant"} <= conversation.keys() <= set(ROLES):
-        raise ValueError(f"{NAME} must have a text for user, assistant and, if wanted, system; got {conversation!r}.")
+        raise ValueError(f"{NAME} must have text for user, assistant and, if wanted, system; got {conversation!r}.")
     for role, text in conversation.items():
         if not isinstance(text, str):
-            raise ValueError(f"{NAME}: {role} must be a text with columns in braces, got {text!r}.")
+            raise ValueError(f"{NAME}: {role} must be text with columns in braces, got {text!r}.")
         try:
             fields = [field for _, field, _, _ in Formatter().parse(text) if field is not None]
         except ValueError as mistake:

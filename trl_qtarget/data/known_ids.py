@@ -35,7 +35,7 @@ class KnownIds(WrappedCollator):
     first token of a sequence is not checked as a label, since no position predicts it.
 
     Args:
-        limits: for "labels" and "input_ids", how many first ids the model knows, or can read.
+        limits: the number of ids that the model knows ("labels") and can read ("input_ids").
         model: "teacher" or "student", for the message.
     """
 

@@ -60,8 +60,9 @@ def summarize(
 ) -> dict:
     """Compute the fields of `Result` that depend on the samples alone.
 
-    prompts: one value per row; rows with equal values count together in the standard errors
-    baseline: the samples of the first model, to which the gain is measured
+    Args:
+        prompts: one value per row; rows with equal values count together in the standard errors.
+        baseline: the samples of the first model, to which the gain is measured.
     """
     drawn = [s for s in samples if s.sample is not None]
     average = scores_by_row(drawn)

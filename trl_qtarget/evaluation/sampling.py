@@ -127,7 +127,7 @@ def complete(
     from transformers import GenerationConfig, LogitsProcessorList
 
     pad = eos_ids[0] if eos_ids else 0  # any id will do: padding is masked
-    # replaced rather than passed to generate, which would fill the fields that are left open from the model's own
+    # settings are replaced, not passed to `generate`, which would fill open fields from the model's own
     model.generation_config = GenerationConfig(
         do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=eos_ids or None, pad_token_id=pad
     )

@@ -32,6 +32,7 @@ RANGES = {  # by column: the least and the greatest number, which float32 may mi
 }
 TOKEN_COLUMNS = tuple(RANGES)
 REFERENCE_COLUMNS = TOKEN_COLUMNS[2:]  # numbers of a token after its own prefix: after another one they are wrong
+LOG_P_Y_COLUMN, MASS_COLUMN = REFERENCE_COLUMNS
 
 
 def shifted(x: Tensor, fill: float = 0) -> Tensor:  # (B, T)

@@ -168,7 +168,7 @@ class StrictParser(TrlParser):
         )
 
     def _check_words(self, launch: list[str], left: list[str]) -> None:
-        """Refuse words that this parser has left over and that are no options of accelerate."""
+        """Refuse words that are options neither of this parser nor of accelerate."""
         options = [word.partition("=")[0] for word in left if re.match("--?[A-Za-z]", word)]
         known = [word for word in (*self._option_string_actions, *self.accelerate) if word.startswith("--")]
         unknown = [word for word in options if word not in self.accelerate]
@@ -196,7 +196,8 @@ class StrictParser(TrlParser):
     ) -> tuple[list[str], list[str], list[str]]:
         """Make the settings the defaults; return their names, accelerate's options, and one line for each mistake.
 
-        others: keys that belong elsewhere, offered as corrections of an unknown key
+        Args:
+            others: keys that belong elsewhere, offered as corrections of an unknown key.
         """
         actions = {action.dest: action for action in self._actions if action.dest in self.hints}
         known = [*actions, *(word[2:] for word in self.accelerate if word.startswith("--")), "env", *others]

@@ -17,7 +17,8 @@ import yaml
 
 
 TAKES_BOOL = ("resume_from_checkpoint", "fsdp")  # Transformers also takes booleans here, which its types do not say
-CURRENT_NAMES = {  # of options whose old or short names are too different for difflib
+# current names of options, by an old or short name too different for difflib
+CURRENT_NAMES = {
     "torch_dtype": "dtype",
     "dataset_mixture": "datasets",
     "no_cuda": "use_cpu",
@@ -28,13 +29,13 @@ CURRENT_NAMES = {  # of options whose old or short names are too different for d
     "teacher": "teacher_model_name_or_path",
     "teacher_model": "teacher_model_name_or_path",
 }
-TYPE_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", dict: "a mapping"}
+TYPE_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text", dict: "a mapping"}
 UNSET = object()
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
     """Return ` (did you mean 'x'?)` for the most similar known word, or an empty text."""
-    # of the spellings of an option the first, which has underscores
+    # reversed, so that the first spelling wins, which has underscores
     bare = {name.lstrip("-").replace("-", "_"): name for name in reversed(list(known))}
     word = word.lstrip("-").replace("-", "_")
     guess = [CURRENT_NAMES[word]] if CURRENT_NAMES.get(word) in bare else difflib.get_close_matches(word, bare, n=1)

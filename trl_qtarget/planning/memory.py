@@ -149,9 +149,8 @@ def _activations(run: Run) -> list[Part]:
     s, T = run.student, run.tokens
     layer = s.at_work(run.compute)
     inputs = s.width * (run.compute if run.engine.is_deepspeed else 4)
-    held = T * (
-        s.layers * inputs + layer if run.checkpointing else s.layers * layer
-    )  # one layer is recomputed at a time
+    # with checkpointing, one layer is recomputed at a time
+    held = T * (s.layers * inputs + layer if run.checkpointing else s.layers * layer)
     hidden = T * s.width * (2 * run.compute + 4)  # all of them, those at labels, and their gradient
     of_teacher = 0 if run.teacher is None else 2 * T * run.teacher.size.width * run.teacher.itemsize
     return [

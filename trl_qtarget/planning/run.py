@@ -1,4 +1,4 @@
-"""A training run as far as its memory is concerned: the sizes of its models, its engine and its micro-batches."""
+"""The facts of a run that decide its memory: the sizes of its models, its engine and its micro-batches."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class Engine:
 
 @dataclass(frozen=True)
 class Run:
-    """A training recipe as far as memory is concerned."""
+    """The facts of a training recipe that decide its memory."""
 
     student: Size
     rows: int  # of a micro-batch
@@ -86,10 +86,8 @@ class Run:
     accumulation: int = 1  # micro-batches of an optimizer step
     half: bool = True  # computes in bfloat16 or float16
     checkpointing: bool = True
-    state: tuple[float, int | None] = (
-        2,
-        None,
-    )  # numbers the optimizer keeps a parameter; their bytes, None: as weights
+    # numbers that the optimizer keeps a parameter, and their bytes; None: the bytes of a weight
+    state: tuple[float, int | None] = (2, None)
     teacher: Teacher | None = None
     cached_ids: int = 0  # K of a cached teacher
     chunk_size: int | None = None

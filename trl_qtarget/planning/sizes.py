@@ -23,7 +23,7 @@ QUANTIZED = {"load_in_4bit": 0.5 + 4 / 64, "load_in_8bit": 1.0}  # bytes of a we
 
 
 def run_of(script_args, training_args, model_args, dataset_args, plan_args, engine: Engine) -> Run:
-    """Return a recipe as far as its memory is concerned.
+    """Return the facts of a recipe that decide its memory.
 
     Raises:
         ValueError: a model's configuration cannot be read.

@@ -44,7 +44,11 @@ def score(model: Any, batch: Sequence[TokenSequence], k: int, columns: int | Non
         columns = columns or len(at_labels.weight)
         parts = _entry_parts(at_labels, ids[labelled].to(device), min(k, columns), columns)
     lengths = [s.labels for s in batch]
-    return [Entry(*(x.numpy() for x in rows)) for rows in zip(*(x.cpu().split(lengths) for x in parts), strict=True)]
+    rows = (tuple(x.numpy() for x in row) for row in zip(*(x.cpu().split(lengths) for x in parts), strict=True))
+    return [
+        Entry(ids=ids, log_probs=log_probs, log_tail=log_tail, log_p_y=log_p_y, mass=mass)
+        for ids, log_probs, log_tail, log_p_y, mass in rows
+    ]
 
 
 def _entry_parts(teacher: ProjectedLogits, labels: Tensor, k: int, columns: int) -> list[Tensor]:

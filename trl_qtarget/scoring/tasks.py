@@ -19,7 +19,7 @@ TOLERANCE = 0.05  # in nats and in probability: half precision and another paddi
 
 
 class CacheMismatch(ValueError):
-    """A cache whose rows are not what the run's teacher says of them."""
+    """The cached rows differ from what the run's teacher gives for them."""
 
 
 def estimate(run: CacheRun) -> str:
@@ -92,7 +92,8 @@ def verify(run: CacheRun) -> str:
     found = f"{len(keys)} rows scored again: log p(y) differs by at most {nats:.1e} nats, the mass by {moved:.1e}"
     if max(nats, moved) > TOLERANCE:
         raise CacheMismatch(
-            f"{found}; the cache {run.folder} is not what this teacher says: make the cache in another folder"
+            f"{found}; the cache {run.folder} was not scored by this teacher, or has changed: make the cache in "
+            "another folder"
         )
     return found
 

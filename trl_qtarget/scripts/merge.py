@@ -72,7 +72,7 @@ def merge(args: MergeArguments) -> float:
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from trl_qtarget.model.merging import compare_logits, merge_adapter
+    from ..model.merging import compare_logits, merge_adapter
 
     model = _load(args)
     tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path, trust_remote_code=args.trust_remote_code)

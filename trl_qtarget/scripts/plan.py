@@ -36,7 +36,7 @@ console = Console(markup=False, highlight=False)
 
 @dataclass
 class PlanArguments:
-    """The memory of a device, and the tokens that it gets."""
+    """The memory of a device, and the tokens of its longest row."""
 
     device_memory: float | None = field(
         default=None, metadata={"help": "Memory of one device in GiB; by default that of the GPU, if there is one."}
@@ -194,7 +194,7 @@ def print_prediction(run: Run, limit: float | None) -> None:
     table.add_section()
     table.add_row("together", *(f"{totals(run)[moment] / unit:.2f}" for moment in moments))
     console.print(table)
-    console.print("~ marks estimates: formulas for usual decoders, buffers of engines, losses of allocators.")
+    console.print("~ marks estimates: formulas for usual decoders, buffers of engines, allocator overhead.")
     if limit is None:
         verdict = "; to compare, pass the GiB of a device: --device_memory 80"
     elif peak(run) <= limit:

@@ -95,12 +95,6 @@ class SFTScriptArguments(ConversationArguments):
     )
 
 
-def main(script_args, training_args, model_args, dataset_args) -> None:
-    """Make the trainer and train, with the arguments that the main function of TRL's script takes."""
-    trainer, _ = start(script_args, training_args, model_args, dataset_args)
-    train(trainer, script_args, training_args)
-
-
 class Beginning(TrainerCallback):
     """The last moment before the first step: the settings of the run are written into its `output_dir`.
 
@@ -203,16 +197,15 @@ def save(trainer, folder: Path) -> None:
 
 
 def make_parser(
-    subparsers: Any = None,
     prog: str | None = None,
     more: tuple[type, ...] = (),
     config: type | None = None,
 ) -> StrictParser:
     """Make the parser of a training recipe.
 
-    subparsers: TRL's sub-commands, of which this becomes one
-    more: dataclasses with further options
-    config: a subclass of `TargetSFTConfig` to use in its place
+    Args:
+        more: dataclasses with further options.
+        config: a subclass of `TargetSFTConfig` to use in its place.
     """
     from trl import DatasetMixtureConfig, ModelConfig, SFTConfig
 
@@ -221,8 +214,6 @@ def make_parser(
     has_overwrite = "overwrite_output_dir" in TargetSFTConfig.__dataclass_fields__  # Transformers 4
     script = ConversationArguments if has_overwrite else SFTScriptArguments
     kinds = (script, config or TargetSFTConfig, ModelConfig, DatasetMixtureConfig, *more)
-    if subparsers is not None:
-        return subparsers.add_parser("sft", help="Run the SFT training script", dataclass_types=kinds)
     parser = StrictParser(
         kinds,
         launcher=make_launcher(),
