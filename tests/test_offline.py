@@ -19,6 +19,7 @@ from trl_qtarget.cache.offline import CachedTeacherCollator
 from trl_qtarget.cache.reader import TeacherCache, readable
 from trl_qtarget.cache.sequences import TokenSequence, batch_sequences, row_sequences
 from trl_qtarget.cache.shards import CacheError, _sealed
+from trl_qtarget.cache.writer import alone
 from trl_qtarget.model.forward import install
 from trl_qtarget.scoring import tasks
 from trl_qtarget.scoring.score import score
@@ -266,15 +267,24 @@ def test_cache_and_teacher_model_exclude_each_other(train, tiny_model):  # noqa:
         refuse(args, Target(residual=Residual(student=0.5, teacher=1.0)), None, {})
 
 
+def in_two_processes(*words):
+    call = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "-m", script.__name__, *words]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, *call], env=environment, capture_output=True, text=True, check=False)
+
+
 @pytest.mark.distributed
 def test_two_processes_write_what_one_writes(made, student_dir, teacher_dir):
     one = Path(made("--top_k", 8, "--shard_tokens", 20))
-    words = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "-m", script.__name__]
-    run = subprocess.run(
-        [sys.executable, *words, *command(student_dir, teacher_dir, "two"), "--top_k", "8", "--shard_tokens", "20"],
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    words = [*command(student_dir, teacher_dir, "two"), "--top_k", "8", "--shard_tokens", "20"]
+    run = in_two_processes(*words)
     assert run.returncode == 0, run.stderr[-3000:]
+    assert "two: 16 sequences scored, 16 of this recipe are there" in run.stdout, "each row once, by one rank"
     files = [{file.name: file.read_bytes() for file in folder.iterdir()} for folder in (one, Path("two"))]
     assert files[0] == files[1]
     assert len(files[0]) > 4
+    with alone("two"):
+        run = in_two_processes(*words)
+    assert run.returncode != 0
+    assert run.stderr.count("Another `trl-qtarget cache` writes into two (process") == 1
+    assert f"process {os.getpid()} on " in run.stderr

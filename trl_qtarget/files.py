@@ -90,14 +90,19 @@ def whole_model(folder: Path, writes: bool) -> Iterator[Path]:
         raise
     if not writes or not unfinished.is_dir():
         return
-    old = [folder / name for name in CONFIGS]
-    for file in [*old, *folder.glob("*.safetensors*"), *folder.glob("*model*.bin*")]:
-        file.unlink(missing_ok=True)
+    remove_model(folder)
     for path in sorted(unfinished.iterdir(), key=lambda path: path.name in CONFIGS):
         if path.is_dir():
             shutil.rmtree(folder / path.name, ignore_errors=True)
         path.replace(folder / path.name)
     unfinished.rmdir()
+
+
+def remove_model(folder: Path) -> None:
+    """Remove configuration and weights of a model from a folder; without the first the rest counts as no model."""
+    configs = [folder / name for name in CONFIGS]
+    for file in [*configs, *folder.glob("*.safetensors*"), *folder.glob("*model*.bin*")]:
+        file.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

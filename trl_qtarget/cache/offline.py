@@ -70,8 +70,8 @@ def _addition(folder: str, made: Settings) -> str:
 class CachedTeacherCollator(WrappedCollator):
     """A collator that adds the cached teacher's distribution of each label, at the position that predicts the label.
 
-    `teacher_ids` and `teacher_log_probs` are (B, T, K). The columns of a reference, (B, T), are those that a dataset may
-    carry too, for losses that use the teacher as their reference.
+    `teacher_ids` and `teacher_log_probs` are (B, T, K). The columns of a reference, (B, T), are those that a dataset
+    may carry too, for losses that use the teacher as their reference.
     """
 
     def __init__(self, collator: Any, cache: TeacherCache):

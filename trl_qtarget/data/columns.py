@@ -15,6 +15,7 @@ from datasets import Dataset
 from ..compat import column_names
 from ..loss.per_token import RANGES, REFERENCE_COLUMNS, TOKEN_COLUMNS
 from ..theory.reference import IGNORE
+from .tokenized import check_tokenized
 
 
 def token_columns(*datasets: Any) -> list[str]:
@@ -44,6 +45,7 @@ def prepared(
         ValueError: a row does not have one number for each token, or truncation or packing changes the prefix that the
             numbers of a reference belong to.
     """
+    check_tokenized(name, dataset)
     columns = token_columns(dataset)
     if not columns:
         return prepare(dataset, processing_class, args, packing, formatting_func, name)

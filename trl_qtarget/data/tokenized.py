@@ -5,6 +5,7 @@ from __future__ import annotations
 import reprlib
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute
 from datasets import Dataset, IterableDataset
@@ -50,14 +51,18 @@ def _check(where: str, table: pa.Table, start: int) -> None:
             )
     if LABELS not in lists:
         return
-    tokens, labels = (pc.list_value_length(lists[column]) for column in (TOKENS, LABELS))
-    differing = pc.not_equal(tokens, labels)
-    if pc.any(differing).as_py():
-        row = pc.index(differing, True).as_py()
+    tokens, labels = (_lengths(lists[column]) for column in (TOKENS, LABELS))
+    differing = np.flatnonzero(tokens != labels)
+    if differing.size:
+        row = int(differing[0])
         raise ValueError(
             f"Row {start + row} of {where} has {tokens[row]} {TOKENS} and {labels[row]} {LABELS}: give one label for "
             "each token, -100 where nothing is to be learned."
         )
+
+
+def _lengths(lists: pa.Array) -> np.ndarray:
+    return pc.call_function("list_value_length", [lists]).to_numpy(zero_copy_only=False)
 
 
 def _first_without_numbers(values: pa.Array) -> int | None:

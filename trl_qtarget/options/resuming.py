@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import user_code
-from ..files import holds_model, no_folder, write_text
+from ..files import holds_model, no_folder, remove_model, write_text
 
 
 RECORD = "qtarget_run.json"
@@ -194,12 +194,14 @@ def compare(folder: Path, resumed: str | None, now: dict[str, Any]) -> str | Non
 
 
 def begin(folder: Path, resumed: str | None, now: dict[str, Any]) -> None:
-    """Write the settings of a run into its `output_dir`, and remove the checkpoints of a run that it replaces.
+    """Write the settings of a run into its `output_dir`, and remove checkpoints and model of a run that it replaces.
 
-    A later start would resume from checkpoints that are left.
+    A later start would resume from checkpoints that are left, or take a model that is left for the finished one.
     """
-    for replaced in [] if _is_in(resumed, folder) else folder.glob("checkpoint-*/trainer_state.json"):
-        shutil.rmtree(replaced.parent)
+    if not _is_in(resumed, folder):
+        for replaced in folder.glob("checkpoint-*/trainer_state.json"):
+            shutil.rmtree(replaced.parent)
+        remove_model(folder)
     write_text(folder / RECORD, json.dumps(now, indent=2, sort_keys=True) + "\n")
 
 

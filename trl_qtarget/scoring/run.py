@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from transformers import AutoConfig, AutoTokenizer
 
@@ -188,14 +189,17 @@ class CacheRun:
 
     @cached_property
     def rounding_error(self) -> float | None:
-        """The probability that float16 moves in a token's distribution, a mean over one batch; None unless `auto`."""
+        """The probability that float16 moves in a token's distribution, a mean over one batch; None unless `auto`.
+
+        All ranks take that of rank 0: near the tolerance, ranks on unequal hardware would choose different types.
+        """
         if self.options.cache_dtype != "auto":
             return None
         moved = []
         for entry in self.score(next(self.batches(self.by_length()))):
             rounded = readable(entry._replace(log_probs=entry.log_probs.astype(np.float16)))[1]
             moved.append(0.5 * np.abs(np.exp(rounded) - np.exp(readable(entry)[1])).sum(-1))
-        return float(np.concatenate(moved).mean())
+        return broadcast_object_list([float(np.concatenate(moved).mean())])[0]
 
     def settings(self) -> Settings:
         return Settings(

@@ -142,6 +142,20 @@ def clones_template(args: TargetSFTConfig) -> bool:
     return path is not None and not path.endswith((".jinja", ".j2"))
 
 
+def known_to_student(trainer: Any, collator: Any) -> Any:
+    """A collator that refuses tokens without a row in the student's embedding, which nobody has resized for them.
+
+    The datasets are scanned at once. A tokenizer with no more tokens than the student has rows needs no such collator.
+    """
+    rows, tokenizer = head_rows(base_model(trainer.model)), compat.tokenizer(trainer)
+    if len(tokenizer) <= rows:
+        return collator
+    known = KnownIds(collator, {"labels": rows, "input_ids": rows}, tokenizer, model="student")
+    known.scan("train", trainer.train_dataset)
+    known.scan("eval", trainer.eval_dataset)
+    return known
+
+
 @torch.no_grad()
 def _grow(reference: Any, student: Any) -> None:
     """Give a copy of the untrained student the rows that TRL has added to the student for a cloned chat template."""

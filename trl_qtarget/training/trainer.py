@@ -34,7 +34,7 @@ from .first_step import FirstStep
 from .kernels import Kernels
 from .metrics import TokenSums, without_repeats
 from .scorer import ScoredOutput, Scorer
-from .second_model import choose, open_second_model
+from .second_model import choose, known_to_student, open_second_model
 
 
 POSITIONAL = list(inspect.signature(SFTTrainer.__init__).parameters)[3:]  # after self, model, args
@@ -111,7 +111,7 @@ class TargetSFTTrainer(SFTTrainer):
         if self._is_vision_dataset:
             refuse_images(self.model, args, choice.columns)
         else:
-            self.data_collator = TokenColumnCollator(self.data_collator)
+            self.data_collator = known_to_student(self, TokenColumnCollator(self.data_collator))
         install(base_model(self.model))
         self.target = self.target.trusting(args.trust_floor, trusted_ids(self._tokenizer, args.trust_token_ids or []))
         self._teacher, self._columns, self.data_collator = open_second_model(choice, self)
@@ -227,10 +227,12 @@ class TargetSFTTrainer(SFTTrainer):
     # Checkpoints: a snapshot or moving average of the student is part of the run
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
+        # before Trainer's own files: a kill in between leaves a checkpoint without a trainer state, which none resumes
         if isinstance(self._teacher, Remembered) and self.args.should_save:
             folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            folder.mkdir(parents=True, exist_ok=True)
             self._teacher.save(folder)
+        super()._save_checkpoint(model, trial)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
