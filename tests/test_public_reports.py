@@ -532,3 +532,14 @@ def test_top_k_is_the_dense_teacher_with_its_tail_written_out():
     sparse = qtarget_loss(hidden, weight, labels, build("kd"), teacher=TopKLogits(ids, log_probs))
     dense = ProjectedLogits(torch.eye(2, dtype=torch.float64), q.log().T.contiguous())
     torch.testing.assert_close(sparse.loss, qtarget_loss(hidden, weight, labels, build("kd"), teacher=dense).loss)
+
+
+def test_a_token_added_without_resizing_is_named(train, tiny_model, tokenizer):
+    larger = copy.deepcopy(tokenizer)
+    larger.add_tokens([f"<new{i}>" for i in range(3)])
+    student = tiny_model(vocab_size=len(tokenizer))
+    train(model=student, processor=larger, loss="nll", go=False)  # no row has one of them
+    with pytest.raises(ValueError, match=r"<new1>.*student"):
+        train(
+            model=student, processor=larger, loss="nll", data=[{"prompt": "1", "completion": "<new1>"}] * 2, go=False
+        )
