@@ -394,7 +394,6 @@ COMMANDS = [
     ),
     *of(
         PLAN,
-        ("", "plan: the package peft is not installed: pip install peft$", {"hidden": ("peft",)}),
         ("--model_name_or_path studnt", "the configuration of 'studnt' cannot be read"),
         ("--max_length null", "max_length is not set, so nothing says how long a row is: pass --row_tokens$"),
         ("--max_length -3", "max_length must be at least 1, got -3$"),

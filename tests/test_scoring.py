@@ -143,16 +143,20 @@ def test_a_teacher_that_gives_nan_is_refused(made, capfd, tmp_path, tokenizer, t
         (
             [{"prompt": "x" * 90, "completion": "yes"}] * 3,
             ["--max_length", "32"],
-            "no row has a label within max_length=32. Raise",
+            "None of the 3 rows of the train dataset has a label left after max_length=32: raise",
         ),
-        ([{"input_ids": [5, 6], "labels": [-100, -100]}] * 3, [], "no row has a label within max_length=1024. Raise"),
+        (
+            [{"input_ids": [5, 6], "labels": [-100, -100]}] * 3,
+            [],
+            "None of the 3 rows of the train dataset has a label left after max_length=1024",
+        ),
         (
             [{"input_ids": [5, 6], "labels": [-100, -100]}],
             ["--max_length", "null"],
-            "no row has a label. Give data with",
+            "None of the 1 rows of the train dataset has a label left: raise",
         ),
-        ([{"input_ids": [5, 6], "labels": 7}], [], "Row 0 of the train dataset has 7 in labels: give a list of whole"),
-        ([{"input_ids": [5, 6], "labels": [5.0, 6.5]}], [], "Row 0 of the train dataset has [5.0, 6.5] in labels"),
+        ([{"input_ids": [5, 6], "labels": 7}], [], "labels is not a list of whole numbers: 7"),
+        ([{"input_ids": [5, 6], "labels": [5.0, 6.5]}], [], "labels is not a list of whole numbers: [5.0, 6.5]"),
         (
             [{"input_ids": [5], "labels": [5]}, {"input_ids": [6], "labels": None}],
             [],
@@ -163,9 +167,9 @@ def test_a_teacher_that_gives_nan_is_refused(made, capfd, tmp_path, tokenizer, t
             [],
             "Row 1 of the train dataset has [None] in",
         ),
-        ([{"input_ids": [5, 6], "labels": [[5], [6]]}], [], "Row 0 of the train dataset has [[5], [6]] in labels"),
-        ([{"input_ids": [5, 6], "labels": "abc"}], [], "Row 0 of the train dataset has 'abc' in labels"),
-        ([{"input_ids": [5.5, 6.0], "labels": [5, 6]}], [], "Row 0 of the train dataset has [5.5, 6.0] in input_ids"),
+        ([{"input_ids": [5, 6], "labels": [[5], [6]]}], [], "labels is not a list of whole numbers: [[5], [6]]"),
+        ([{"input_ids": [5, 6], "labels": "abc"}], [], "labels is not a list of whole numbers: 'abc'"),
+        ([{"input_ids": [5.5, 6.0], "labels": [5, 6]}], [], "input_ids is not a list of whole numbers: [5.5, 6.0]"),
         (
             [{"input_ids": [5, 6], "labels": [5, 6]}, {"input_ids": [5, 6, 7], "labels": [6, 7]}],
             [],

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..options.parsing import Parsed, StrictParser
-from ..options.preflight import no_models, no_package, out_of_range
+from ..options.preflight import no_models, out_of_range
 from ..planning.advice import advise
 from ..planning.memory import MOMENTS, parts, peak, totals
 from ..planning.run import Engine, Run
@@ -70,7 +70,7 @@ def mistakes(script_args, training_args, model_args, dataset_args, plan_args) ->
     given = copy.copy(training_args)
     if missing_cache(given) is not None:
         given.teacher_cache = "to-be-made"  # could be a name on the Hub, and is accepted
-    found = [*no_models(given, model_args), *out_of_range(training_args), *no_package("plan", "peft")]
+    found = [*no_models(given, model_args), *out_of_range(training_args)]
     if plan_args.row_tokens is None and training_args.max_length is None:
         found.append("max_length is not set, so nothing says how long a row is: pass --row_tokens")
     return found
