@@ -127,8 +127,8 @@ def common_columns(
     common = tokens if agreement is None else agreement.common
     if teacher_rows < common:
         raise ValueError(
-            f"The teacher has {teacher_rows} tokens and the student's tokenizer {common}: choose a teacher that knows "
-            "every token of the student."
+            f"The teacher has {teacher_rows} tokens and the student's tokenizer {common}: a teacher must know every "
+            "token of the student."
         )
     checked = "ids not checked" if agreement is None else f"identical on {common:,} ids"
     one_sided = agreement is not None and (tokens > common or agreement.one_sided() != "")
