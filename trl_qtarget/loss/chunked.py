@@ -46,7 +46,7 @@ class Job:
 
 
 class Wants(NamedTuple):
-    """Which inputs need a gradient."""
+    """The inputs that need a gradient."""
 
     hidden: bool = False
     weight: bool = False

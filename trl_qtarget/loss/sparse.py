@@ -77,7 +77,7 @@ class SparsePool:
         return SparseGradient(tail, label, known, norm)
 
     def _here(self) -> Tensor:  # (n, K)
-        """Where the known ids are the label; padding repeats an id and is left out."""
+        """Mark the known ids that are the label; padding repeats an id and is left out."""
         return (self.ids == self.labels[:, None]) & ~self.padded
 
     def _at_label(self, known: Tensor, tail: Tensor) -> Tensor:  # (n, K), (n,) -> (n,)

@@ -24,7 +24,7 @@ from ..theory.target import Residual
 from .products import precise
 from .scratch import scratch
 from .sparse import SparsePool, SparseStatistics
-from .teacher import TeacherTile, TopKLogits
+from .teacher import DenseTile, TeacherTile, TopKLogits
 
 
 BLOCK_BYTES = 2**22  # of one block of logits: two or three blocks fit one core's share of the last-level cache
@@ -45,13 +45,9 @@ def rows(
 ) -> StudentRows:
     """Statistics of r rows and their gradient; the logits of student and of a dense teacher are capped in place."""
     z = cap_(z, softcap)
-    if isinstance(teacher, TopKLogits):
-        return (
-            StudentRows(z, labels, softcap)
-            if residual.is_student
-            else SparseRows(z, labels, softcap, teacher, residual)
-        )
-    taught = None if teacher is None else cap_(teacher.logits, teacher.softcap)
+    if isinstance(teacher, TopKLogits) and not residual.is_student:
+        return SparseRows(z, labels, softcap, teacher, residual)
+    taught = cap_(teacher.logits, teacher.softcap) if isinstance(teacher, DenseTile) else None
     if residual.is_student:
         return StudentRows(z, labels, softcap, taught)
     return PooledRows(z, labels, softcap, taught, residual)

@@ -23,11 +23,9 @@ from ..theory.target import STUDENT, Residual
 from . import torch_tiles
 from .products import precise
 from .sparse import SparsePool, SparseStatistics
-from .teacher import TeacherTile, TopKLogits
+from .teacher import DenseTile, TeacherTile, TopKLogits
 from .torch_tiles import BELOW_ALL, RowStatistics, cap_, pick
 
-
-__all__ = ["block_rows", "rows"]
 
 BLOCK_V = 4096  # columns a program holds at once
 NUM_WARPS = 8
@@ -165,13 +163,9 @@ def rows(
     """Statistics of n rows and their gradient. Rows in float64 go to torch, since the kernels compute in float32."""
     if z.dtype == torch.float64:
         return torch_tiles.rows(z, labels, residual, teacher, softcap)
-    if isinstance(teacher, TopKLogits):
-        return (
-            TritonRows(z, labels, residual, None, softcap)
-            if residual.is_student
-            else TritonSparseRows(z, labels, residual, teacher, softcap)
-        )
-    taught = None if teacher is None else cap_(teacher.logits, teacher.softcap)
+    if isinstance(teacher, TopKLogits) and not residual.is_student:
+        return TritonSparseRows(z, labels, residual, teacher, softcap)
+    taught = cap_(teacher.logits, teacher.softcap) if isinstance(teacher, DenseTile) else None
     return TritonRows(z, labels, residual, taught, softcap)
 
 

@@ -24,7 +24,7 @@ from trl import TrlParser
 from .reading import UNSET, environment, launcher_words, load, nearest, read
 
 
-SCRIPT = "the script"  # placeholder for the script's name, which accelerate's parser requires
+SCRIPT = "the script"  # stands for the script's name, which accelerate's parser requires
 HUB_TOKEN = r"hf_[A-Za-z0-9]{20,}"
 
 

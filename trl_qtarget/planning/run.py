@@ -63,7 +63,7 @@ class Engine:
 
     @property
     def stage(self) -> int:
-        """What is sharded: 1 the optimizer's state, 2 gradients too, 3 weights too."""
+        """The parts that are sharded: 1 the optimizer's state, 2 gradients too, 3 weights too."""
         return STAGES[self.name]
 
     @property

@@ -29,17 +29,13 @@ LOGITS = {"teacher", "reference", "reference_mass"}  # inputs for which a loss r
 # The inputs that a target may need, as `trl-qtarget losses` explains them to a user
 NEEDS = {
     "teacher": "a teacher: --teacher_model_name_or_path",
-    "reference": "the model before training, which is kept for it",
-    "reference_log_p_y": "the model before training, which is kept for it",
-    "reference_mass": "the model before training, which is kept for it",
-    "snapshot": "the model of some updates ago, which is kept for it",
+    **dict.fromkeys(("reference", "reference_log_p_y", "reference_mass"), "the model before training, kept for it"),
+    "snapshot": "the model of some updates ago, kept for it",
     "token_weight": "a `token_weight` column in the data",
 }
 
 
 def _statistic(name: str, meaning: str) -> Any:
-    """A property of `Tokens` that reads a statistic of the vocabulary from `Tokens.rows`."""
-
     def read(tokens: Tokens) -> Tensor:
         if tokens.rows is None:
             raise AttributeError(
