@@ -34,7 +34,7 @@ from trl_qtarget.training.second_model import AdaptersOff, Initial
 
 
 # PEFT warns of what these tests are about
-pytestmark = pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:Model (has|with) `tie_word_embeddings=True`:UserWarning")
 
 
 @pytest.fixture

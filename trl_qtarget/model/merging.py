@@ -36,7 +36,7 @@ def merge_adapter(model: Any) -> tuple[PreTrainedModel, float]:
     _untie(model.get_base_model())
     with warnings.catch_warnings():
         warnings.filterwarnings(
-            "ignore", "Model has `tie_word_embeddings=True`", UserWarning
+            "ignore", "Model (has|with) `tie_word_embeddings=True`", UserWarning
         )  # `_untie` has untied them
         merged = model.merge_and_unload(safe_merge=True)
     return merged, _difference(_logits(merged, ids), wanted, merged.dtype, "The merged model's")
