@@ -224,8 +224,6 @@ class TargetSFTTrainer(SFTTrainer):
         # of the parts' losses. So the value is multiplied by the number of parts, and the gradient is not.
         return loss if parts == 1 else loss + (parts - 1) * loss.detach()
 
-    # Checkpoints: a snapshot or moving average of the student is part of the run
-
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         # before Trainer's own files: a kill in between leaves a checkpoint without a trainer state, which none resumes
         if isinstance(self._teacher, Remembered) and self.args.should_save:
