@@ -302,6 +302,8 @@ def test_batches_without_labels_are_counted_and_a_stream_without_any_stops(train
     options = {"loss": "nll", "per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
     trainer = train(data=[some, none], max_length=None, **options)
     assert logged(trainer, "qtarget/unlabelled_batches") == 1
+    first = train(data=[none, some], max_length=None, loss="nll", per_device_train_batch_size=1, max_steps=2, seed=1)
+    assert first.state.global_step == 2  # whichever row comes first, one batch without labels stops nothing
     from datasets import IterableDataset
 
     stream = IterableDataset.from_generator(lambda: iter([none] * 4))

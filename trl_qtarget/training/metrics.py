@@ -13,6 +13,7 @@ from .scorer import SUMS, ScoredOutput
 
 
 METRICS = {"nll": "nll", **{f"qtarget/{name}": name for name in ("trust", "moved", "target_p_y", "grad_mass")}}
+UNLABELLED = 100  # batches without a label that are no chance any more
 TRL_METRICS = {"entropy": "entropy", "mean_token_accuracy": "top1"}
 
 
@@ -42,6 +43,7 @@ class TokenSums:
     def __init__(self, trainer: Any):
         self.trainer = trainer
         self.has_trained = False  # whether any batch of the training had a label
+        self.unlabelled = 0  # batches without a label since the last one with labels
         self.sums: dict[str, list[Tensor]] = {"train": [], "eval": []}
 
     def add(self, out: ScoredOutput, inputs: dict[str, Any], mode: str) -> None:
@@ -80,11 +82,16 @@ class TokenSums:
             metrics["aux_loss"] = [columns["aux_loss"].mean().item() / trainer.accelerator.num_processes]
 
     def _count_unlabelled(self, tokens: Tensor, metrics: dict[str, list[float]]) -> None:
-        """Log how many batches had no label; stop if none had one, since such a training looks like a perfect one."""
-        self.has_trained = self.has_trained or bool(tokens.sum())
-        if not self.has_trained:
+        """Log how many batches had no label; stop if none of many had one, since the loss of such a training is 0.
+
+        A few batches without labels may come first by chance: the run goes on to its end or `UNLABELLED` batches.
+        """
+        self.unlabelled = 0 if tokens.any() else self.unlabelled + len(tokens)
+        self.has_trained = self.has_trained or bool(tokens.any())
+        state = self.trainer.state
+        if not self.has_trained and (self.unlabelled >= UNLABELLED or state.global_step >= state.max_steps):
             raise ValueError(
-                f"None of the {len(tokens)} batches so far has a labelled token, so nothing is trained: raise "
+                f"None of the {self.unlabelled} batches so far has a labelled token, so nothing is trained: raise "
                 "max_length if prompts are longer than it, or look at the columns that mask labels."
             )
         if (tokens == 0).any():
